@@ -1,0 +1,153 @@
+"""Writing files so that nothing is ever half there: temporary name, fsync, rename.
+
+A reader sees either the old content or the new one, also when the process is killed or the disk fills up in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scratchlm.errors import UserError
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` durable (a no-op where directories cannot be opened, as on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `target` into a :class:`UserError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space left while writing {target}: nothing was changed there; free some space and run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it replaces `target`, on any error it is removed.
+
+    Args:
+        target: the file that shall appear, complete or not at all. Its folder is created.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written; `target` is then as it was.
+    """
+    target = Path(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            _sync_file(temporary)
+            temporary.replace(target)
+            _sync_directory(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success (all its files synced) it becomes `target`.
+
+    An existing `target` is replaced only when the new one is complete.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written; `target` is then as it was.
+    """
+    target = Path(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    _sync_file(path)
+            _sync_directory(temporary)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            _sync_directory(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `target` atomically."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(target: str | os.PathLike[str], content: str) -> None:
+    """Write `content` to `target` atomically as UTF-8, line ends untouched."""
+    write_bytes(target, content.encode("utf-8"))
+
+
+def write_json(target: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as readable JSON, atomically."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or is not JSON; `what` names it in the message.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{what} {path} is a folder, not a file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid JSON ({error}); it may be cut off or of another kind") from error
+
+
+def stable_hash(value: Any, length: int = 16) -> str:
+    """Hex digest of any JSON-able `value`, independent of key order: the name of a step's inputs."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(canonical.encode(), digest_size=length // 2).hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str], length: int = 32) -> str:
+    """Hex BLAKE2b digest of a file's content, read in blocks (memory independent of its size)."""
+    digest = hashlib.blake2b(digest_size=length // 2)
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
