@@ -1,0 +1,238 @@
+"""The recipe: everything that decides a run, as typed sections read from TOML.
+
+A recipe is data. Every field is also a command-line flag (``--train.steps 500``); the resolved recipe, with all defaults
+filled in, is saved in the run's folder and can be run again as it is.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from scratchlm.errors import UserError
+from scratchlm.files import write_text
+from scratchlm.model.config import ModelConfig
+from scratchlm.section import Section, validate
+
+ByteErrors = Literal["strict", "replace", "skip"]
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE: how it is trained, or where a finished one lies."""
+
+    path: Path | None = Field(
+        default=None, description="A finished tokenizer.json to use instead of training one on the corpus."
+    )
+    vocab_size: int = Field(default=4096, ge=1, description="Size wanted: 256 bytes + merges + special tokens.")
+    pattern: str = Field(
+        default="gpt2", description="Pre-tokenisation: gpt2, cl100k, o200k, or any pattern of the regex library."
+    )
+    special_tokens: list[str] = Field(
+        default=["<|endoftext|>"], description="Kept whole; the first one separates documents in the shards."
+    )
+    min_frequency: int = Field(default=1, ge=1, description="Pairs seen less often than this are not merged.")
+    max_train_bytes: int | None = Field(
+        default=None, ge=1, description="Train on about the first so many bytes of text; None: on all of it."
+    )
+
+
+class CorpusConfig(Section):
+    """Where text comes from and which of it is held out."""
+
+    kind: Literal["python-stdlib", "text", "jsonl", "parquet", "huggingface"] = Field(
+        default="python-stdlib", description="python-stdlib needs no files; the others read `paths` or `dataset`."
+    )
+    paths: list[str] = Field(default=[], description="Files or globs (text, jsonl, parquet); ** searches below.")
+    validation_paths: list[str] = Field(
+        default=[], description="Files or globs held out; empty: a share of the documents is held out."
+    )
+    validation_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of documents held out, chosen by a hash of their name."
+    )
+    separator: str = Field(default="<|endoftext|>", description="Splits a text file into documents; '': one per file.")
+    text_field: str = Field(default="text", description="Field or column that holds the text (jsonl, parquet, HF).")
+    dataset: str | None = Field(default=None, description="Hugging Face dataset name (or a local folder of one).")
+    subset: str | None = Field(default=None, description="Configuration of the Hugging Face dataset.")
+    train_split: str = Field(default="train", description="Split of the Hugging Face dataset to train on.")
+    validation_split: str | None = Field(
+        default=None, description="Split held out; None: a share of the training documents."
+    )
+    encoding_errors: ByteErrors = Field(
+        default="strict", description="Bytes that are not UTF-8: stop, replace by U+FFFD, or skip the document."
+    )
+    max_documents: int | None = Field(default=None, ge=1, description="Stop after so many documents (for trials).")
+
+
+class DataConfig(Section):
+    """Tokenise and save: shards of token ids on disk."""
+
+    shard_tokens: int = Field(default=100_000_000, ge=1, description="Tokens per shard file, at most.")
+    dtype: Literal["auto", "uint16", "uint32"] = Field(
+        default="auto", description="Id type on disk; auto: the smallest that holds the vocabulary."
+    )
+    workers: int | None = Field(default=None, ge=1, description="Tokenising processes; None: one per core.")
+    cache: Path = Field(
+        default=Path("runs/cache"),
+        description="Tokenizers and shards, named by a hash of their inputs and shared between runs.",
+    )
+
+
+class OptimConfig(Section):
+    """Optimizer, learning-rate schedule, clipping."""
+
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw", description="muon: Muon on hidden matrices, AdamW on embeddings, head and norms."
+    )
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate (of AdamW or SGD).")
+    muon_lr: float = Field(default=0.02, gt=0, description="Peak learning rate of Muon's matrices.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled decay, times the learning rate, per step.")
+    muon_weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay of Muon's matrices.")
+    decay_embeddings_and_norms: bool = Field(default=False, description="Apply weight decay to these too.")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of SGD and Muon.")
+    nesterov: bool = Field(default=True, description="Nesterov momentum in SGD and Muon.")
+    implementation: Literal["auto", "reference", "foreach", "fused"] = Field(
+        default="auto", description="How AdamW and SGD update: one tensor at a time, multi-tensor, or fused."
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then linear decay."
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="Linear warm-up from zero.")
+    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: share of all steps spent decaying.")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    grad_clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: int = Field(default=1000, ge=0, description="Optimizer steps.")
+    batch_size: int = Field(default=16, ge=1, description="Sequences per optimizer step.")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches a batch is split into.")
+    loader: Literal["epoch", "random"] = Field(
+        default="epoch", description="epoch: every token once, shuffled; random: the course's random windows."
+    )
+    document_boundaries: bool = Field(
+        default=False, description="Attention does not cross documents and positions restart in each."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="bf16: autocast, weights stay fp32; auto: bf16 where the hardware is faster with it."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
+    )
+    loss_kernel: Literal["auto", "reference", "chunked"] = Field(
+        default="auto", description="chunked: head and cross-entropy by rows, never holding all logits."
+    )
+    eval_interval: int = Field(default=250, ge=1, description="Steps between evaluations on the whole validation set.")
+    log_interval: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    checkpoint_interval: int = Field(default=500, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept, beside the best one.")
+    max_non_finite: int = Field(
+        default=10, ge=0, description="Steps with a non-finite loss or gradient are skipped; stop after so many in a row."
+    )
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default=[], description="Besides metrics.jsonl.")
+    project: str = Field(default="scratchlm", description="Project name for trackers.")
+
+
+class EvaluateConfig(Section):
+    """Loss, perplexity and bits per byte on held-out text."""
+
+    batch_size: int = Field(default=32, ge=1, description="Windows per forward pass.")
+    context_length: int | None = Field(default=None, ge=1, description="Window length; None: the model's.")
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="Final evaluation: tokens between windows; smaller than the window gives each token more "
+        "context; None: no overlap.",
+    )
+    compressors: bool = Field(default=True, description="Report gzip -9 and xz -9e of the same bytes beside.")
+
+
+class GenerateConfig(Section):
+    """Sampling."""
+
+    prompts: list[str] = Field(default=["def "], description="One sample is written for each.")
+    max_tokens: int = Field(default=256, ge=0, description="Tokens per sample, at most.")
+    temperature: float = Field(default=0.8, ge=0, description="0: always the likeliest token.")
+    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest; None: all.")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="Nucleus: smallest set with this probability; 1: all.")
+    stop: list[str] = Field(default=["<|endoftext|>"], description="Special tokens that end a sample.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sampler.")
+
+
+class Recipe(Section):
+    """A whole run: tokenizer → data → model → training → evaluation → samples."""
+
+    name: str = Field(default="run", pattern=r"^[\w.+-]+$", description="Name of the run.")
+    out: Path | None = Field(default=None, description="The run's folder; None: runs/<name>.")
+    seed: int = Field(default=0, ge=0, description="Initialisation and data order.")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n].")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; None: torch's choice.")
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"train.accumulation = {self.train.accumulation} does not divide train.batch_size = "
+                f"{self.train.batch_size}"
+            )
+        duplicates = {t for t in self.tokenizer.special_tokens if self.tokenizer.special_tokens.count(t) > 1}
+        if duplicates:
+            raise ValueError(f"tokenizer.special_tokens names {sorted(duplicates)[0]!r} twice")
+        if not self.tokenizer.special_tokens and self.tokenizer.path is None:
+            raise ValueError("tokenizer.special_tokens is empty; the first one must separate documents")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        UserError: the file is missing, is not TOML, or has an unknown or ill-typed field (the nearest one is named).
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"recipe {path} does not exist; recipes/ holds examples") from error
+    except IsADirectoryError as error:
+        raise UserError(f"recipe {path} is a folder; name the .toml file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+    values.setdefault("name", path.stem)
+    return validate(Recipe, values, str(path))
+
+
+def plain(section: Section) -> dict[str, Any]:
+    """A section as plain JSON values."""
+    return section.model_dump(mode="json")
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the resolved recipe as TOML (fields that are None are left out: TOML has no null)."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return value
+
+    write_text(path, tomli_w.dumps(without_none(plain(recipe)), multiline_strings=False))
