@@ -64,6 +64,9 @@ class ModelConfig(Section):
     attention_kernel: AttentionKernelName = Field(
         default="auto", description="Implementation of attention; auto picks the fastest for the device."
     )
+    kernels: Literal["fast", "reference"] = Field(
+        default="fast", description="reference: every operation as the lecture's formula; fast: torch's fused ones."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

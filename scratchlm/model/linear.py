@@ -1,0 +1,73 @@
+"""The two layers that hold nearly all weights: Linear and Embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = W x, without a bias.
+
+    Weight shape (d_out, d_in): a row is what one output reads from the input. `parts` are the heights of row blocks
+    that are projections of their own, stored as one matrix so that one matmul computes them (q‖k‖v, gate‖up):
+    initialisation and Muon treat each part as the separate matrix it is.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        parts: list[int] | None = None,
+        residual_output: bool = False,
+        role: str = "matrix",
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        self.parts = parts or [d_out]
+        self.residual_output = residual_output
+        self.reference = reference
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight.role = role  # type: ignore[attr-defined]  # read by the optimizer's grouping
+        if parts:
+            self.weight.muon_split = parts  # type: ignore[attr-defined]
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        if self.reference:
+            return einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
+        return F.linear(x, self.weight)
+
+    def num_params(self) -> int:
+        return self.d_in * self.d_out
+
+    def flops_per_token(self) -> int:
+        """A multiply and an add per weight."""
+        return 2 * self.d_in * self.d_out
+
+
+class Embedding(nn.Module):
+    """A table with one row of width d_model per token id."""
+
+    def __init__(self, vocab_size: int, d_model: int, *, reference: bool = False) -> None:
+        super().__init__()
+        self.vocab_size, self.d_model = vocab_size, d_model
+        self.reference = reference
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.weight.role = "embedding"  # type: ignore[attr-defined]
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+        if self.reference:
+            return self.weight[ids]
+        return F.embedding(ids, self.weight)
+
+    def num_params(self) -> int:
+        return self.vocab_size * self.d_model
+
+    def flops_per_token(self) -> int:
+        """A look-up multiplies nothing."""
+        return 0

@@ -1,0 +1,128 @@
+"""What the machine is good at: device, bf16, compiler. Decided by looking, and said in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from scratchlm.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is cuda, then mps, then cpu.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {name} is not available: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps is not available on this machine; use cpu")
+    return device
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice the program made for the user, and why."""
+
+    value: str
+    reason: str
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+    a = torch.ones(size, size, dtype=dtype)
+    a @ a  # the first call pays for packing code and warm-up
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def cpu_bf16_speedup() -> float:
+    """How many times faster a bf16 matmul is than fp32 on this CPU (some emulate bf16 and are slower)."""
+    return _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+
+
+def choose_precision(wanted: str, device: torch.device) -> Decision:
+    """bf16 where the hardware is faster with it: measured on a CPU, known for CUDA (compute capability ≥ 8.0).
+
+    Raises:
+        UserError: bf16 is demanded of a device that does not have it.
+    """
+    if wanted == "fp32":
+        return Decision("fp32", "the recipe says so")
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not capable:
+            raise UserError(f"train.precision = bf16, but {torch.cuda.get_device_name(device)} has no bf16; use fp32")
+        return Decision("bf16" if capable else "fp32", f"{torch.cuda.get_device_name(device)}")
+    if wanted == "bf16":
+        return Decision("bf16", "the recipe says so")
+    if device.type == "mps":
+        return Decision("fp32", "bf16 is not faster on mps")
+    speedup = cpu_bf16_speedup()
+    return Decision("bf16" if speedup > 1.2 else "fp32", f"bf16 matmul runs at {speedup:.1f}x fp32 on this CPU")
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use on a CPU, or None."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+COMPILE_PAYS_AFTER_STEPS = 100
+"""Compiling costs 10–40 s cold: shorter runs start eager. A fixed number, never a timing, so that a resumed run decides
+as the first one did."""
+
+
+def choose_compile(wanted: str, device: torch.device, steps: int) -> Decision:
+    """Whether to use torch.compile.
+
+    Raises:
+        UserError: it is demanded where there is no C++ compiler.
+    """
+    if wanted == "off":
+        return Decision("off", "the recipe says so")
+    compiler = find_compiler()
+    if device.type == "cpu" and compiler is None:
+        if wanted == "on":
+            raise UserError(
+                "train.compile = on, but no C++ compiler was found ($CXX, g++, c++, clang++): install one, or use auto"
+            )
+        return Decision("off", "no C++ compiler found: running eager, slower")
+    if wanted == "on":
+        return Decision("on", "the recipe says so")
+    if device.type == "mps":
+        return Decision("off", "not on mps")
+    if steps < COMPILE_PAYS_AFTER_STEPS:
+        return Decision("off", f"{steps} steps are over before compiling would pay")
+    return Decision("on", compiler or device.type)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Matmuls in bf16, weights and reductions in fp32; nothing at all for fp32."""
+    if precision == "bf16":
+        context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=torch.bfloat16)
+        return context
+    return contextlib.nullcontext()
