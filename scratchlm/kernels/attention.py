@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from scratchlm.model.functions import softmax
+from scratchlm.kernels.functions import softmax
 
 Queries = Float[Tensor, "... heads q head_dim"]
 Keys = Float[Tensor, "... kv_heads k head_dim"]

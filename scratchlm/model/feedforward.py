@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scratchlm.model.config import ModelConfig
-from scratchlm.model.functions import silu
+from scratchlm.kernels.functions import silu
 from scratchlm.model.linear import Linear
 
 
