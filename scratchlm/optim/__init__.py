@@ -1,0 +1,22 @@
+"""Optimizers, learning-rate schedules and gradient clipping."""
+
+from scratchlm.optim.adamw import AdamW
+from scratchlm.optim.build import Optimizers, build_optimizers, parameter_roles
+from scratchlm.optim.clipping import clip_grad_norm
+from scratchlm.optim.muon import Muon
+from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
+from scratchlm.optim.schedules import lr_multiplier
+from scratchlm.optim.sgd import SGD
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Muon",
+    "Optimizers",
+    "build_optimizers",
+    "clip_grad_norm",
+    "lr_multiplier",
+    "newton_schulz_reference",
+    "orthogonalise",
+    "parameter_roles",
+]

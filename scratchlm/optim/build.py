@@ -1,0 +1,227 @@
+"""From a model and a configuration to its optimizers: who is updated by what, and a state that can be saved by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scratchlm.config import OptimConfig
+from scratchlm.errors import UserError
+from scratchlm.optim.adamw import AdamW
+from scratchlm.optim.muon import Muon
+from scratchlm.optim.sgd import SGD
+
+ROLES = ("embedding", "head", "norm", "bias", "matrix")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """What each parameter is: ``embedding``, ``head``, ``norm``, ``bias`` or ``matrix``.
+
+    A model says it itself by an attribute ``role`` of the parameter. Otherwise: weights of an ``nn.Embedding`` and names
+    with "embedding" are embeddings; names that start with "head", "lm_head" or "output" are the head; what has fewer than
+    two dimensions is a bias or (the rest) a norm; everything else is a matrix. A parameter that appears twice (tied
+    embeddings) is listed once, under its first name.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name → role, in the model's order; parameters with ``requires_grad=False`` are left out.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    roles = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        declared = getattr(parameter, "role", None)
+        if declared is not None:
+            role = str(declared)
+        elif id(parameter) in embeddings or "embedding" in name.lower():
+            role = "embedding"
+        elif parameter.ndim < 2:
+            role = "bias" if name.rsplit(".", 1)[-1] == "bias" else "norm"
+        elif name.startswith(("head", "lm_head", "output")):
+            role = "head"
+        else:
+            role = "matrix"
+        roles[name] = role
+    return roles
+
+
+class Optimizers:
+    """One or two torch optimizers that act as one.
+
+    Args:
+        optimizers: name → optimizer, e.g. ``{"muon": …, "adamw": …}``.
+        names: name → parameter; every parameter of every optimizer has one.
+    """
+
+    def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[str, nn.Parameter]) -> None:
+        self.optimizers = optimizers
+        self.names = names
+        self._name_of = {id(parameter): name for name, parameter in names.items()}
+        for group in self.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers, live: each has ``params``, ``lr``, ``initial_lr``, ``weight_decay``, ``name``."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """One update by every optimizer."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def set_lr(self, multiplier: float) -> None:
+        """Set every group's learning rate to `multiplier` times its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name of the optimizer → its torch state dict."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: it is of other optimizers.
+        """
+        if set(state) != set(self.optimizers):
+            raise UserError(
+                f"the saved optimizer state is of {', '.join(sorted(state))}, not of "
+                f"{', '.join(sorted(self.optimizers))}; set optim.optimizer as it was"
+            )
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+    def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        for prefix, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield prefix, optimizer, parameter
+
+    def named_state(self) -> dict[str, Tensor]:
+        """All state as flat names ``<optimizer>.<key>.<parameter>``, e.g. ``adamw.exp_avg.blocks.0.attention.q.weight``.
+
+        Returns:
+            The tensors themselves, not copies; scalars are 0-dim. Empty before the first step. Learning rates are not in
+            it: they follow from the step and the configuration.
+        """
+        named = {}
+        for prefix, optimizer, parameter in self._states():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+                named[f"{prefix}.{key}.{self._name_of[id(parameter)]}"] = tensor
+        return named
+
+    def load_named_state(self, named: dict[str, Tensor]) -> None:
+        """Replace all state by (copies of) `named`, as :meth:`named_state` gave it, on each parameter's device.
+
+        The next steps are then bit for bit those of the optimizer that was saved.
+
+        Raises:
+            UserError: a name that belongs to no parameter here, a wrong shape, or a parameter with only some of its state.
+        """
+        loaded: dict[str, dict[Tensor, dict[str, Tensor]]] = {prefix: {} for prefix in self.optimizers}
+        owned = {(prefix, self._name_of[id(p)]): p for prefix, _, p in self._states()}
+        for full, value in named.items():
+            prefix, _, rest = full.partition(".")
+            key, _, name = rest.partition(".")
+            parameter = owned.get((prefix, name))
+            if parameter is None:
+                raise UserError(
+                    f"the saved optimizer state has {full}, which this model and optimizer do not have; "
+                    "resume with the model and optim settings it was saved with"
+                )
+            if value.ndim and value.shape != parameter.shape:
+                raise UserError(
+                    f"the saved optimizer state {full} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; resume with the model it was saved with"
+                )
+            if value.ndim:
+                copy = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                copy = value.detach().to(parameter.device, copy=True)
+            loaded[prefix].setdefault(parameter, {})[key] = copy
+        for prefix, optimizer in self.optimizers.items():
+            keys = {key for state in loaded[prefix].values() for key in state}
+            for parameter, state in loaded[prefix].items():
+                if missing := keys - set(state):
+                    raise UserError(
+                        f"the saved optimizer state lacks {prefix}.{min(missing)}.{self._name_of[id(parameter)]}; "
+                        "the file is incomplete"
+                    )
+            optimizer.state.clear()
+            optimizer.state.update(loaded[prefix])
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
+    """The optimizers of `config` for the parameters of `model`.
+
+    ``muon`` updates hidden matrices (role ``matrix``) by Muon and all others by AdamW; ``adamw`` and ``sgd`` update all.
+    Norms, biases and embeddings are not decayed unless `decay_embeddings_and_norms` is set. See :func:`parameter_roles`.
+
+    Args:
+        model: parameters with ``requires_grad=False`` are left alone; shared ones are updated once.
+        config: the recipe's optim section.
+
+    Raises:
+        UserError: the model has nothing to train, or an unknown optimizer.
+    """
+    if config.optimizer not in ("adamw", "sgd", "muon"):
+        raise UserError(f"optim.optimizer = {config.optimizer!r} is unknown; allowed: adamw, sgd, muon")
+    roles = parameter_roles(model)
+    named = dict(model.named_parameters())
+    names = {name: named[name] for name in roles}
+    if not names:
+        raise UserError("the model has no trainable parameters; there is nothing to optimize")
+
+    def groups(decay: float, chosen: list[str]) -> list[dict[str, Any]]:
+        spared = () if config.decay_embeddings_and_norms else ("embedding", "norm", "bias")
+        decayed = [names[name] for name in chosen if roles[name] not in spared]
+        others = [names[name] for name in chosen if roles[name] in spared]
+        both = [
+            {"params": decayed, "weight_decay": decay, "name": "decay"},
+            {"params": others, "weight_decay": 0.0, "name": "no_decay"},
+        ]
+        return [group for group in both if group["params"]]
+
+    matrices = [name for name, role in roles.items() if role == "matrix" and names[name].ndim >= 2]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    rest = list(names)
+    if config.optimizer == "muon" and matrices:
+        optimizers["muon"] = Muon(
+            groups(config.muon_weight_decay, matrices),
+            lr=config.muon_lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            implementation=config.implementation,
+        )
+        rest = [name for name in names if name not in set(matrices)]
+    if rest and config.optimizer == "sgd":
+        optimizers["sgd"] = SGD(
+            groups(config.weight_decay, rest),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            implementation=config.implementation,
+        )
+    elif rest:
+        optimizers["adamw"] = AdamW(
+            groups(config.weight_decay, rest),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            implementation=config.implementation,
+        )
+    return Optimizers(optimizers, names)

@@ -1,0 +1,62 @@
+"""Which of an optimizer's equal implementations runs, and the grouping they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from scratchlm.errors import UserError
+
+IMPLEMENTATIONS = ("auto", "reference", "foreach", "fused")
+
+
+def check_implementation(name: str) -> str:
+    """Return `name`.
+
+    Raises:
+        UserError: it is none of :data:`IMPLEMENTATIONS`.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"optim.implementation = {name!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """What ``auto`` means for tensors on `device`: the fused kernel where torch has one, else multi-tensor calls."""
+    if name != "auto":
+        return name
+    return "fused" if device.type in ("cpu", "cuda") else "foreach"
+
+
+def by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Split `parameters` into lists of equal device and dtype, which is what multi-tensor kernels take at once."""
+    lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(lists.values())
+
+
+def is_flat(*tensors: Tensor) -> bool:
+    """True if all are contiguous: torch's fused CPU kernels walk raw memory and do not look at strides."""
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def check_ranges(*, lr: float, weight_decay: float, **rates: float) -> None:
+    """Refuse hyperparameters with which no optimizer here makes sense.
+
+    Args:
+        lr: learning rate, ≥ 0.
+        weight_decay: ≥ 0.
+        rates: decay rates such as momentum or β, each in [0, 1).
+
+    Raises:
+        UserError: one is out of range; it is named.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise UserError(f"{name} = {value} must be at least 0")
+    for name, value in rates.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} = {value} must be at least 0 and below 1")

@@ -1,0 +1,54 @@
+"""Learning-rate schedules: the share of the peak at each step."""
+
+from __future__ import annotations
+
+import math
+
+from scratchlm.config import OptimConfig
+from scratchlm.errors import UserError
+
+
+def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of optimizer step `step`, as a multiple of its peak.
+
+    Let t = step + 1 count steps from one, W = `warmup_steps`, T = `total_steps`, r = `min_lr_ratio`:
+
+    ========  ==================================================================================================
+    warm-up   t / W while t ≤ W: the first step has 1/W, step W − 1 the peak
+    constant  1
+    linear    1 − (1 − r) p with p = (t − W) / (T − W)
+    cosine    r + (1 − r) (1 + cos πp) / 2 (Loshchilov & Hutter 2017, without restarts)
+    wsd       1, then linear to r over the last D = round(`decay_fraction` · T) steps (Hu et al. 2024), never
+              starting before the warm-up ends
+    ========  ==================================================================================================
+
+    So the last step, T − 1, has exactly r (except under ``constant``, and ``wsd`` with D = 0); steps beyond it keep that value. A warm-up that is
+    longer than the run is just cut off. With ``total_steps`` = 0 no step is ever taken; the value is the warm-up's or r.
+
+    Args:
+        step: 0-based.
+        total_steps: steps of the whole run.
+        config: the schedule's fields.
+
+    Raises:
+        UserError: an unknown schedule, or a negative `step` or `total_steps`.
+    """
+    if step < 0 or total_steps < 0:
+        raise UserError(f"step = {step} and total_steps = {total_steps} must be at least 0")
+    t = step + 1
+    warmup = config.warmup_steps
+    if t <= warmup:
+        return t / warmup
+    if config.schedule == "constant":
+        return 1.0
+    decay = total_steps - warmup
+    if config.schedule == "wsd":
+        decay = min(decay, round(config.decay_fraction * total_steps))
+    elif config.schedule not in ("cosine", "linear"):
+        raise UserError(f"optim.schedule = {config.schedule!r} is unknown; allowed: cosine, linear, wsd, constant")
+    if decay > 0:
+        progress = min(max((t - (total_steps - decay)) / decay, 0.0), 1.0)
+    else:  # nothing to decay over: wsd stays at the peak, the others are past their end
+        progress = 0.0 if config.schedule == "wsd" else 1.0
+    shape = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
