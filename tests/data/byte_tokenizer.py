@@ -1,0 +1,50 @@
+"""A tokenizer of bytes for the data room's tests: id = byte, the separator is 256. Picklable, importable by workers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scratchlm.errors import UserError
+
+
+class ByteTokenizer:
+    vocab_size = 257
+    content_hash = "bytes"
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def encode_array(self, data):
+        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+
+class FailingTokenizer(ByteTokenizer):
+    """Raises `error` for a document that contains ``poison``."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error if error is not None else UserError("the document is poisonous")
+
+    def encode_array(self, data):
+        if b"poison" in data:
+            raise self.error
+        return super().encode_array(data)
+
+
+class DyingTokenizer(ByteTokenizer):
+    """Ends its process at a document that contains ``poison``, as the kernel does when memory runs out."""
+
+    def encode_array(self, data):
+        if b"poison" in data:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_array(data)
+
+
+class SlowTokenizer(ByteTokenizer):
+    """Takes its time, so that a test can kill the process in the middle."""
+
+    def encode_array(self, data):
+        import time
+
+        time.sleep(0.01)
+        return super().encode_array(data)
