@@ -1,0 +1,322 @@
+"""Files other programs read and write.
+
+    tokenizer.json          Hugging Face `tokenizers`: everything in one file
+    vocab.json, merges.txt  GPT-2's pair: ids and merges; pattern and special tokens must be known
+
+Both write bytes as printable characters by GPT-2's table: a byte that prints as itself in Latin-1 stays, the other 68
+are moved up to U+0100 and on. So " the" is written "Ġthe", a line end "Ċ".
+
+    byte  0x21 … 0x7E  0xA1 … 0xAC  0xAE … 0xFF │ 0x00 … 0x20  0x7F … 0xA0  0xAD
+    char  the same                              │ U+0100 … U+0143
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scratchlm.errors import UserError
+from scratchlm.files import disk_errors, read_json, write_text
+from scratchlm.tokenizer.oniguruma import from_oniguruma, to_oniguruma
+from scratchlm.tokenizer.tokenizer import Tokenizer
+
+
+@functools.cache
+def byte_to_char() -> dict[int, str]:
+    """GPT-2's table (its `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in printable}
+    table |= {byte: chr(0x100 + index) for index, byte in enumerate(b for b in range(256) if b not in table)}
+    return table
+
+
+@functools.cache
+def char_to_byte() -> dict[str, int]:
+    return {char: byte for byte, char in byte_to_char().items()}
+
+
+def to_chars(token: bytes) -> str:
+    """Printable form of a token."""
+    table = byte_to_char()
+    return "".join(table[byte] for byte in token)
+
+
+def to_bytes(chars: str) -> bytes:
+    """The token a printable form stands for.
+
+    Raises:
+        KeyError: a character is not in the table.
+    """
+    table = char_to_byte()
+    return bytes(table[char] for char in chars)
+
+
+def _read_vocab(entries: Any, specials: Iterable[str], where: str) -> dict[int, bytes]:
+    """{"printable form": id} → {id: bytes}; special tokens stand there as they are."""
+    if not isinstance(entries, dict):
+        raise UserError(f"{where}: the vocabulary is not a JSON object of tokens and ids")
+    plain = set(specials)
+    vocab: dict[int, bytes] = {}
+    for chars, index in entries.items():
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise UserError(f"{where}: token {chars!r} has the id {index!r}, which is not a whole number from 0 on")
+        if index in vocab:
+            raise UserError(f"{where}: id {index} is given to two tokens, {vocab[index]!r} and {chars!r}")
+        if chars in plain:
+            vocab[index] = chars.encode("utf-8")
+            continue
+        try:
+            vocab[index] = to_bytes(chars)
+        except KeyError as error:
+            raise UserError(
+                f"{where}: token {chars!r} (id {index}) holds {error.args[0]!r}, which stands for no byte; if it is a "
+                f"special token, name it in special_tokens"
+            ) from error
+    return vocab
+
+
+def _read_merges(lines: Iterable[Any], where: str) -> list[tuple[bytes, bytes]]:
+    merges = []
+    for number, line in enumerate(lines):
+        parts = line.split(" ") if isinstance(line, str) else line
+        if (
+            not isinstance(parts, list)
+            or len(parts) != 2
+            or not all(isinstance(part, str) and part for part in parts)
+        ):
+            raise UserError(f"{where}: merge {number} is {line!r}, not two tokens")
+        try:
+            merges.append((to_bytes(parts[0]), to_bytes(parts[1])))
+        except KeyError as error:
+            raise UserError(f"{where}: merge {number} holds {error.args[0]!r}, which stands for no byte") from error
+    return merges
+
+
+def _build(where: str, *arguments: Any) -> Tokenizer:
+    try:
+        return Tokenizer(*arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+# -------------------------------------------------------------------- GPT-2
+
+
+def load_gpt2(
+    vocab_json: str | os.PathLike[str],
+    merges_txt: str | os.PathLike[str],
+    special_tokens: Iterable[str] | dict[str, int] | None = None,
+    pattern: str = "gpt2",
+) -> Tokenizer:
+    """Read `vocab.json` and `merges.txt`.
+
+    Args:
+        vocab_json: {"printable form": id}; special tokens stand there as they are.
+        merges_txt: one merge per line, two printable forms with a space between; a first line ``#version…`` is skipped.
+        special_tokens: which tokens are special; those that are not in `vocab_json` get the next ids.
+        pattern: the files do not say it; GPT-2's is the default.
+
+    Raises:
+        UserError: a file is missing or corrupt; the entry or line is named.
+    """
+    specials = (
+        special_tokens if special_tokens is None or isinstance(special_tokens, dict) else list(special_tokens)
+    )
+    vocab = _read_vocab(read_json(vocab_json, "vocabulary"), specials or (), str(vocab_json))
+    try:
+        lines = Path(merges_txt).read_bytes().decode("utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"merges {merges_txt} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read merges {merges_txt}: {error}") from error
+    lines = [line.removesuffix("\r") for line in lines]
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    merges = _read_merges([line for line in lines if line], str(merges_txt))
+    return _build(str(vocab_json), vocab, merges, specials, pattern)
+
+
+def _written_vocab(tokenizer: Tokenizer) -> dict[str, int]:
+    """{"printable form": id}, in the order of ids."""
+    special = {index: name for name, index in tokenizer.special_tokens.items()}
+    written: dict[str, int] = {}
+    for index in range(tokenizer.vocab_size):
+        chars = special.get(index) or to_chars(tokenizer.vocab[index])
+        shared = (
+            index in special
+            and chars != to_chars(tokenizer.vocab[index])
+            and tokenizer.vocab[index] in _regular(tokenizer)
+        )
+        if chars in written or shared:
+            raise UserError(
+                f"special token {special.get(index, chars)!r} cannot be written: in this format it would read as "
+                f"another token; give it another name"
+            )
+        written[chars] = index
+    return written
+
+
+def _regular(tokenizer: Tokenizer) -> set[bytes]:
+    """Tokens that merges use or make, and single bytes."""
+    parts = {token for left, right in tokenizer.merges for token in (left, right, left + right)}
+    return parts | {bytes([byte]) for byte in range(256)}
+
+
+def save_gpt2(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
+    """Write `vocab.json` and `merges.txt` into `folder`, each atomically.
+
+    Raises:
+        UserError: a special token cannot be told from another token in this format, or the disk refuses.
+    """
+    folder = Path(folder)
+    vocab = _written_vocab(tokenizer)
+    merges = "".join(f"{to_chars(left)} {to_chars(right)}\n" for left, right in tokenizer.merges)
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
+    write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
+
+
+# -------------------------------------------------------------------- tokenizer.json
+
+
+def _json_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" and not path.is_dir() else path / "tokenizer.json"
+
+
+def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Path:
+    """Write Hugging Face's `tokenizer.json`, atomically.
+
+    Args:
+        tokenizer: any.
+        path: a file that ends in ``.json``, or a folder, in which ``tokenizer.json`` is written.
+
+    Returns:
+        the file.
+
+    Raises:
+        UserError: a special token cannot be told from another token in this format, or the disk refuses.
+    """
+    path = _json_path(path)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    pre_tokenizer: dict[str, Any]
+    if tokenizer.pattern == "gpt2":
+        pre_tokenizer = byte_level | {"use_regex": True}
+    else:
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": to_oniguruma(tokenizer.pattern)},
+            "behavior": "Isolated",
+            "invert": False,
+            # Ignored by `tokenizers`: our own wording, for the way back.
+            "scratchlm_pattern": tokenizer.pattern,
+        }
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": special, **flags}
+            for special, index in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": tokenizer.ignore_merges,
+            "vocab": _written_vocab(tokenizer),
+            "merges": [[to_chars(left), to_chars(right)] for left, right in tokenizer.merges],
+        },
+    }
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a byte-level BPE `tokenizer.json`.
+
+    A post-processor (which may add a beginning-of-sequence token) is not applied: ids are those of `tokenizers` with
+    ``add_special_tokens=False``. All added tokens are special tokens here.
+
+    Args:
+        path: the file, or a folder that holds ``tokenizer.json`` or GPT-2's pair of files.
+
+    Raises:
+        UserError: the file is missing, corrupt, or uses parts that byte-level BPE has not (they are named).
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
+            return load_gpt2(path / "vocab.json", path / "merges.txt", None)
+        path = path / "tokenizer.json"
+    content = read_json(path, "tokenizer")
+    where = str(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{where}: no tokenizer.json of the tokenizers library (it has no model)")
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"{where}: the model is {model.get('type')}; only byte-level BPE is supported")
+    for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+        if model.get(field):
+            raise UserError(f"{where}: model.{field} = {model[field]!r} is not supported by byte-level BPE")
+    if content.get("normalizer"):
+        raise UserError(
+            f"{where}: the normalizer {content['normalizer'].get('type')} changes the text; not supported"
+        )
+    if not isinstance(model.get("merges"), list):
+        raise UserError(f"{where}: model.merges is missing or not a list")
+    specials: dict[str, int] = {}
+    for added in content.get("added_tokens") or []:
+        if (
+            not isinstance(added, dict)
+            or not isinstance(added.get("content"), str)
+            or type(added.get("id")) is not int
+        ):
+            raise UserError(f"{where}: added token {added!r} has no content or no id")
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if added.get(flag):
+                raise UserError(f"{where}: added token {added['content']!r} uses {flag}, which is not supported")
+        if added["content"] in specials:
+            raise UserError(f"{where}: added token {added['content']!r} is listed twice")
+        specials[added["content"]] = added["id"]
+    pattern = _read_pattern(content.get("pre_tokenizer"), where)
+    vocab = _read_vocab(model.get("vocab"), specials, where)
+    merges = _read_merges(model["merges"], where)
+    return _build(where, vocab, merges, specials, pattern, bool(model.get("ignore_merges")))
+
+
+def _read_pattern(pre_tokenizer: Any, where: str) -> str:
+    """The pattern of ByteLevel alone, or of Split followed by ByteLevel."""
+    steps = [pre_tokenizer]
+    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
+        steps = pre_tokenizer.get("pretokenizers") or []
+    if not all(isinstance(step, dict) for step in steps) or not steps or steps[-1].get("type") != "ByteLevel":
+        raise UserError(f"{where}: the pre-tokenizer does not end in ByteLevel; only byte-level BPE is supported")
+    last = steps[-1]
+    if last.get("add_prefix_space"):
+        raise UserError(f"{where}: ByteLevel adds a prefix space, which would change the text; not supported")
+    if len(steps) == 1 and last.get("use_regex", True):
+        return "gpt2"
+    if len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
+        split = steps[0]
+        known = isinstance(split.get("pattern"), dict) and isinstance(split["pattern"].get("Regex"), str)
+        whole = split.get("behavior") == "Isolated" or (split.get("behavior") == "Removed" and split.get("invert"))
+        if known and whole:
+            own = split.get("scratchlm_pattern")
+            text = split["pattern"]["Regex"]
+            return own if isinstance(own, str) and to_oniguruma(own) == text else from_oniguruma(text)
+    kinds = ", ".join(str(step.get("type")) for step in steps)
+    raise UserError(f"{where}: the pre-tokenizer ({kinds}) is not supported; ByteLevel or Split + ByteLevel are")

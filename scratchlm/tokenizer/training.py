@@ -1,0 +1,100 @@
+"""Training: count words, then merge pairs.
+
+text ──pattern──► words × counts ──merge loop──► merges ──► vocabulary
+
+ids   0 … 255   256 … 255+m   256+m …          (special_first: specials, bytes, merges)
+      bytes     merges        special tokens
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from scratchlm.errors import UserError
+from scratchlm.progress import progress as progress_bar
+from scratchlm.tokenizer.counting import Source, count_words
+from scratchlm.tokenizer.merging import Pair, merge_words
+from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.tokenizer import Tokenizer
+
+# From this much work on (bytes of distinct words), compiling the fast merge loop pays.
+_WORTH_COMPILING = 150_000
+
+
+def _check_specials(special_tokens: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(special_tokens, str):
+        raise UserError(f"special_tokens = {special_tokens!r} is one string; give a list of strings")
+    specials = tuple(special_tokens)
+    for special in specials:
+        if not isinstance(special, str):
+            raise UserError(f"special token {special!r} is of type {type(special).__name__}, not a str")
+        if not special:
+            raise UserError("a special token is empty; every special token needs at least one character")
+        if specials.count(special) > 1:
+            raise UserError(f"special token {special!r} is named twice; remove one")
+    return specials
+
+
+def train_bpe(
+    source: Source,
+    vocab_size: int,
+    special_tokens: Iterable[str] = ("<|endoftext|>",),
+    pattern: str = "gpt2",
+    min_frequency: int = 1,
+    workers: int | None = None,
+    progress: bool = False,
+    special_first: bool = False,
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes: Radford et al. 2019).
+
+    Args:
+        source: a path, a list of paths (each file one text), or an iterable of str (each one document; may be larger
+            than memory). No merge reaches across documents. A str alone is a path; a list of str means files if one
+            of them is an existing file.
+        vocab_size: tokens wanted: 256 bytes, merges and special tokens together.
+        special_tokens: cut the text, are never counted and never split.
+        pattern: ``gpt2``, ``cl100k``, ``o200k`` or a pattern of the `regex` library.
+        min_frequency: pairs that occur less often are not merged.
+        workers: processes that count; None: one per core. The result is the same for any number.
+        progress: show bars on standard error.
+        special_first: ids of special tokens before the bytes instead of after the merges.
+
+    Returns:
+        a tokenizer with at most `vocab_size` tokens; fewer, with a warning, where the text holds no more pairs.
+
+    Raises:
+        UserError: `vocab_size` is too small for bytes and specials, a special token is empty or named twice, or the
+            source cannot be read.
+    """
+    compiled = Pattern(pattern)
+    specials = _check_specials(special_tokens)
+    # A special token of one ASCII character is the same byte string as a byte: they share one id.
+    added = [special for special in specials if len(special.encode("utf-8")) > 1]
+    merges = vocab_size - 256 - len(added)
+    if merges < 0:
+        raise UserError(
+            f"vocab_size = {vocab_size} is smaller than 256 bytes + {len(added)} special tokens = {256 + len(added)}"
+        )
+    if min_frequency < 1:
+        raise UserError(f"min_frequency = {min_frequency}: a pair that occurs must occur at least once")
+    words = count_words(source, compiled, specials, workers, progress)
+    pairs = learn_merges(words, merges, min_frequency, progress)
+    if len(pairs) < merges:
+        warnings.warn(
+            f"the text holds only {len(pairs)} mergeable pairs that occur at least {min_frequency} times: the "
+            f"vocabulary has {256 + len(pairs) + len(added)} tokens, not {vocab_size}",
+            stacklevel=2,
+        )
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in pairs:
+        tokens.append(tokens[left] + tokens[right])
+    encoded = [special.encode("utf-8") for special in added]
+    vocab = dict(enumerate(encoded + tokens if special_first else tokens + encoded))
+    return Tokenizer(vocab, [(tokens[left], tokens[right]) for left, right in pairs], list(specials), compiled.name)
+
+
+def learn_merges(words: dict[bytes, int], merges: int, min_frequency: int = 1, show: bool = False) -> list[Pair]:
+    """The merge loop: the plain one for small inputs, its compiled twin (equal output) for large ones."""
+    with progress_bar(description="merge pairs", total=merges, unit="merge", show=show) as bar:
+        return merge_words(words, merges, min_frequency, lambda: bar.update(1))
