@@ -85,6 +85,8 @@ class HuggingFaceCorpus(Corpus):
             raise
         except Exception as error:  # anything from a lost connection to a misspelt name, in the library's own words
             reason = str(error).strip().split("\n")[0]
+            if "scripts are no longer supported" in reason:
+                reason += "; datasets 4 and later run none: name a copy in Parquet, or local files with corpus.kind = 'text'"
             raise UserError(
                 f"cannot load dataset {config.dataset!r}"
                 + (f", configuration {config.subset!r}" if config.subset else "")

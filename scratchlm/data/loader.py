@@ -125,7 +125,9 @@ def gather(source: Tokens, starts: Ids, context_length: int) -> tuple[Ids, Ids]:
         begin = 1 if start == 0 else 0
         both[row, begin : begin + len(known)] = known
         targets[row] = both[row, 1:]
-        targets[row, begin + len(known) - 1 :] = IGNORE_INDEX
+        count = begin + len(known) - 1
+        targets[row, count:] = IGNORE_INDEX
+        inputs[row, count:] = source.separator_id  # the last token of all is a target only
     return inputs, targets
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
+
+import zstandard
 
 from scratchlm.data.corpus import FileCorpus, decode
 from scratchlm.errors import UserError
@@ -22,21 +25,54 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the file cannot be read, or what is in it is not what its suffix says or is cut off.
     """
-    import zstandard
-
     try:
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(path.open("rb"))
             if path.suffix == ".gz":
                 yield cast(IO[bytes], stack.enter_context(gzip.open(raw)))
             elif path.suffix == ".zst":
-                yield stack.enter_context(zstandard.open(raw, "rb"))
+                yield stack.enter_context(io.BufferedReader(_Zstandard(raw), BLOCK))
             else:
                 yield raw
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
         raise UserError(f"{path}: cannot decompress ({error}); it may be cut off or of another kind") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompressed bytes of a ``.zst`` file: frame after frame, and an error where one is cut off.
+
+    The package's own reader ends without a word in the middle of a frame, which would shorten a corpus silently.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._package = zstandard.ZstdDecompressor(max_window_size=2**31)  # as zstd --long=31 writes
+        self._frame: Any = None
+        self._rest = b""  # compressed bytes behind the end of a frame
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._file.read(BLOCK // 8)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._package.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
 
 
 def split_blocks(blocks: Iterable[bytes], separator: bytes) -> Iterator[tuple[int, bytearray]]:

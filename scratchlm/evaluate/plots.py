@@ -184,7 +184,7 @@ def loss_figure(
     from matplotlib.figure import Figure  # here, because it takes a second
 
     colours = _COLOURS[theme]
-    rows, columns, size = (1, 2, (12.0, 4.6)) if layout == "wide" else (2, 1, (5.6, 8.4))
+    rows, columns, size = (1, 2, (12.0, 4.6)) if layout == "wide" else (2, 1, (4.7, 7.6))
     # A Figure of its own, not pyplot's: no global state, no display, safe in threads.
     figure = Figure(figsize=size, layout="constrained", facecolor=colours["back"])
     ratio = bits_per_byte_per_nat(records)

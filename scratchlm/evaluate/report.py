@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from scratchlm.errors import UserError
+from scratchlm.evaluate.metrics import Evaluation
 from scratchlm.evaluate.plots import Layout, Theme, loss_figure, png_bytes
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.files import read_json, write_text
@@ -49,12 +50,12 @@ def duration(value: Any) -> str:
     if seconds is None or math.isinf(seconds):
         return "—"
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     whole = round(seconds)
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60}\u00a0min {whole % 60:02d}\u00a0s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{minutes // 60:,}\u00a0h {minutes % 60:02d}\u00a0min"
 
 
 def amount(value: Any) -> str:
@@ -65,7 +66,7 @@ def amount(value: Any) -> str:
     for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             scaled = number / (1e3 if prefix == "k" else size)
-            return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f} {prefix}"
+            return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f}\u00a0{prefix}"
     return f"{number:,.0f}"
 
 
@@ -78,6 +79,18 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"run file {path} is not a JSON object; remove it and run that step again")
     return value
+
+
+def _bars(model: float | None, yardsticks: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Bits per byte of the model and beside it the compressors, each with a width in per cent of the longest."""
+    values = {"this model": model, **yardsticks}
+    longest = (
+        max((bits for bits in values.values() if bits is not None and math.isfinite(bits)), default=0.0) or 1.0
+    )
+    return [
+        {"name": name, "bits": bits, "width": f"{100 * min(bits or 0.0, longest) / longest:.2f}"}
+        for name, bits in values.items()
+    ]
 
 
 def _pictures(records: Sequence[Mapping[str, Any]], yardsticks: Mapping[str, float]) -> dict[str, str]:
@@ -123,7 +136,11 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
     """Everything the template shows, read from the run's folder."""
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    evaluation, timings = _load(folder, "evaluation.json"), _load(folder, "timings.json")
+    has_evaluation = (folder / "evaluation.json").exists()
+    evaluation = Evaluation.load(folder / "evaluation.json").model_dump() if has_evaluation else {}
+    timings = _load(folder, "timings.json")
+    if not all(isinstance(step, dict) for step in timings.values()):
+        raise UserError(f"run file {folder / 'timings.json'}: every step needs an object with seconds and action")
     environment, recipe = _load(folder, "environment.json"), _recipe(folder)
     if parameters is None:
         parameters = environment.pop("parameters", None)
@@ -133,17 +150,17 @@ def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
     validations = [record for record in records if record.get("kind") == "validation"]
     # A run cut off before its final evaluation still has the last one made while training.
     figures = evaluation or (validations[-1] if validations else {})
-    compressors = evaluation.get("compressors") or {}
-    yardsticks = {name: bits for name, one in compressors.items() if (bits := _number(one.get("bits_per_byte")))}
+    compressors = evaluation.get("compressors", {})
+    yardsticks = {name: bits for name, one in compressors.items() if (bits := _number(one["bits_per_byte"]))}
     speeds = [speed for record in training if (speed := _number(record.get("tokens_per_second")))]
-    best = min(validations, key=lambda row: _number(row.get("loss")) or math.inf, default=None)
+    losses = [(loss, row.get("step")) for row in validations if (loss := _number(row.get("loss"))) is not None]
     return {
         "name": recipe.get("name") or folder.resolve().name,
         "figures": figures,
         "final": bool(evaluation),
         "compressors": compressors,
         "yardsticks": yardsticks,
-        "longest_bar": max([*yardsticks.values(), _number(figures.get("bits_per_byte")) or 0.0, 1e-9]),
+        "bars": _bars(_number(figures.get("bits_per_byte")), yardsticks),
         "tokens_per_second": median(speeds) if speeds else None,
         "trained_tokens": training[-1].get("tokens") if training else None,
         "training_seconds": training[-1].get("seconds") if training else None,
@@ -154,7 +171,7 @@ def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
         "pictures": _pictures(records, yardsticks) if training or validations else None,
         "validations": _thinned(validations, _MOST_ROWS),
         "validations_left_out": max(0, len(validations) - _MOST_ROWS),
-        "best_step": best.get("step") if best else None,
+        "best_step": min(losses, key=lambda pair: pair[0])[1] if losses else None,
         "events": [record for record in records if record.get("kind") == "event"],
         "samples": read_samples(folder / "samples.txt") if (folder / "samples.txt").exists() else [],
         "recipe": _recipe_rows(recipe),

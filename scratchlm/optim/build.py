@@ -155,10 +155,10 @@ class Optimizers:
             loaded[prefix].setdefault(parameter, {})[key] = copy
         for prefix, optimizer in self.optimizers.items():
             keys = {key for state in loaded[prefix].values() for key in state}
-            for parameter, state in loaded[prefix].items():
+            for owner, state in loaded[prefix].items():
                 if missing := keys - set(state):
                     raise UserError(
-                        f"the saved optimizer state lacks {prefix}.{min(missing)}.{self._name_of[id(parameter)]}; "
+                        f"the saved optimizer state lacks {prefix}.{min(missing)}.{self._name_of[id(owner)]}; "
                         "the file is incomplete"
                     )
             optimizer.state.clear()

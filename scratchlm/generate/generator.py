@@ -1,0 +1,199 @@
+"""The generator: prompts in, text out, one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scratchlm.config import GenerateConfig
+from scratchlm.errors import UserError
+from scratchlm.generate.cache import KVCache
+from scratchlm.generate.sampling import row_generator, sample
+from scratchlm.section import validate
+
+if TYPE_CHECKING:
+    from scratchlm.model import Transformer
+    from scratchlm.tokenizer import Tokenizer
+
+
+class Generator:
+    """Continues texts with a model.
+
+    The model sees at most its `context_length` tokens. A text that grows beyond it slides: the last half of the context
+    becomes the whole window, is read once more from position 0, and generation goes on; so every position is one the model
+    was trained on, and a token costs one position except once per half context.
+
+    Args:
+        model: a Transformer; it is used where it is and as it is (in eval mode while it computes).
+        tokenizer: the one the model was trained with. Ids it does not know are never sampled.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.context_length = model.config.context_length
+        known = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        ids = sorted({*tokenizer.vocab, *tokenizer.special_tokens.values()})
+        known[[i for i in ids if i < model.config.vocab_size]] = True
+        self._unknown = None if bool(known.all()) else ~known
+
+    def stream(self, prompt: str, config: GenerateConfig | None = None, **options: Any) -> Iterator[str]:
+        """Yield the continuation of `prompt` as it comes.
+
+        A piece is never empty and never ends inside a UTF-8 character; bytes that are no UTF-8 become U+FFFD. Joined, the
+        pieces are what :meth:`generate` returns for the prompt alone.
+
+        Args:
+            prompt: text; empty: start after the first special token.
+            config: sampling parameters (its `prompts` are ignored); None: the defaults.
+            options: fields of :class:`~scratchlm.config.GenerateConfig` that replace those of `config`.
+
+        Raises:
+            UserError: see :meth:`generate`; at the call, not at the first piece.
+        """
+        config = self._config(config, options)
+        return self._pieces(self._tokens([self._encode(prompt)], config, self._stop_ids(config)))
+
+    def _pieces(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for step in steps:
+            for _, token in step:
+                if piece := decoder.decode(self.tokenizer.decode_bytes([token])):
+                    yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def generate(
+        self, prompts: str | Sequence[str], config: GenerateConfig | None = None, **options: Any
+    ) -> list[str]:
+        """Continue each prompt, all of them in one batch.
+
+        Row i draws from a random stream of its own, given by (seed, i): its text does not depend on the other rows.
+
+        Args:
+            prompts: texts (one text counts as a list of one); an empty one starts after the first special token.
+            config: sampling parameters (its `prompts` are ignored); None: the defaults.
+            options: fields of :class:`~scratchlm.config.GenerateConfig` (`max_tokens`, `temperature`, `top_k`, `top_p`,
+                `stop`, `seed`) that replace those of `config`.
+
+        Returns:
+            For each prompt the continuation alone, without the stop token that ended it.
+
+        Raises:
+            UserError: an unknown option or stop token, a value out of range, an empty prompt for a tokenizer without
+                special tokens, or a prompt with an id that the model does not have.
+        """
+        config = self._config(config, options)
+        encoded = [self._encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        texts: list[list[int]] = [[] for _ in encoded]
+        for step in self._tokens(encoded, config, self._stop_ids(config)):
+            for row, token in step:
+                texts[row].append(token)
+        return [self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace") for ids in texts]
+
+    @staticmethod
+    def _config(config: GenerateConfig | None, options: dict[str, Any]) -> GenerateConfig:
+        base = config if config is not None else GenerateConfig()
+        return validate(GenerateConfig, {**base.model_dump(), **options}, "generate") if options else base
+
+    def _stop_ids(self, config: GenerateConfig) -> set[int]:
+        special = self.tokenizer.special_tokens
+        for token in config.stop:
+            if token not in special:
+                known = ", ".join(special) or "none"
+                raise UserError(
+                    f"generate.stop names {token!r}, which is no special token of the tokenizer ({known})"
+                )
+        return {special[token] for token in config.stop}
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt, at least one, at most a context: of a longer one the tail."""
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
+        if not ids:
+            if not self.tokenizer.special_tokens:
+                raise UserError(
+                    "an empty prompt starts after a special token, and this tokenizer has none; give a text"
+                )
+            ids = [next(iter(self.tokenizer.special_tokens.values()))]
+        if max(ids) >= self.model.config.vocab_size:
+            raise UserError(
+                f"the prompt has token id {max(ids)}, the model's vocabulary ends at {self.model.config.vocab_size - 1}; "
+                "use the tokenizer the model was trained with"
+            )
+        if len(ids) > self.context_length:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens, the model reads {self.context_length}: only its tail is used",
+                stacklevel=3,
+            )
+            ids = ids[-self.context_length :]
+        return ids
+
+    def _tokens(
+        self, prompts: list[list[int]], config: GenerateConfig, stop: set[int]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yield for each step the (row, token id) of every row that goes on."""
+        if not prompts or not config.max_tokens:
+            return
+        windows = {row: list(ids) for row, ids in enumerate(prompts)}  # what the model sees of each unfinished row
+        generators = {row: row_generator(config.seed, row) for row in windows}
+        room = min(self.context_length, max(map(len, prompts)) + config.max_tokens)
+        cache, logits = self._read(list(windows.values()), room)
+        for left in range(config.max_tokens - 1, -1, -1):
+            drawn = sample(
+                logits, config.temperature, config.top_k, config.top_p, [generators[row] for row in windows]
+            ).tolist()
+            going = [place for place, token in enumerate(drawn) if token not in stop]
+            rows = list(windows)
+            windows = {rows[place]: [*windows[rows[place]], drawn[place]] for place in going}
+            yield [(row, window[-1]) for row, window in windows.items()]
+            if not windows or not left:
+                return
+            slid = {row: self._slide(window) for row, window in windows.items()}
+            if any(len(slid[row]) < len(windows[row]) for row in windows) or cache.length == cache.max_length:
+                windows = slid
+                cache, logits = self._read(list(windows.values()), room)
+            else:
+                if len(going) < len(drawn):
+                    cache.keep(going)
+                logits = self._next(cache, list(windows.values()))
+
+    def _slide(self, window: list[int]) -> list[int]:
+        if len(window) <= self.context_length:
+            return window
+        return window[-max(1, self.context_length // 2) :]
+
+    def _read(self, windows: list[list[int]], room: int) -> tuple[KVCache, Tensor]:
+        """Read whole windows into a new cache; the logits after the last token of each, (batch, vocab)."""
+        length = max(map(len, windows))
+        device = next(self.model.parameters()).device
+        padding = torch.tensor([length - len(window) for window in windows])
+        cache = KVCache(self.model.config, len(windows), room, device, padding=padding)
+        ids = torch.tensor([[0] * (length - len(window)) + window for window in windows])
+        positions = (torch.arange(length) - padding[:, None]).clamp(min=0)
+        return cache, self._forward(cache, ids.to(device), positions.to(device))
+
+    def _next(self, cache: KVCache, windows: list[list[int]]) -> Tensor:
+        """Read the newest token of each window; the logits after it, (batch, vocab)."""
+        ids = torch.tensor([window[-1:] for window in windows], device=cache.device)
+        positions = torch.tensor([[len(window) - 1] for window in windows], device=cache.device)
+        return self._forward(cache, ids, positions)
+
+    @torch.no_grad()
+    def _forward(self, cache: KVCache, ids: Tensor, positions: Tensor) -> Tensor:
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            hidden = self.model.hidden(ids, positions, cache=cache)
+            logits = self.model.head(hidden[:, -1])  # the other positions' logits are not wanted
+        finally:
+            if training:
+                self.model.train()
+        cache.advance(ids.shape[1])
+        if self._unknown is not None:
+            logits = logits.masked_fill(self._unknown.to(logits.device), float("-inf"))
+        return logits

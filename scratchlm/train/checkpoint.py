@@ -1,0 +1,183 @@
+"""Checkpoints: folders that hold all a run needs to go on, written whole or not at all.
+
+    checkpoints/step-00000500/
+        config.json            the model's configuration
+        model.safetensors      weights, fp32
+        optimizer.safetensors  moments and step counts by parameter name, and the random generators' states
+        state.json             step, place in the data, seconds, tokens, best loss, decisions
+        tokenizer.json         so that the folder explains itself
+
+Only safetensors and JSON: nothing in a checkpoint is code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scratchlm.errors import UserError
+from scratchlm.files import atomic_directory, read_json, write_json
+from scratchlm.model.config import ModelConfig
+from scratchlm.model.transformer import Transformer
+from scratchlm.section import validate
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint folder."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """What ``state.json`` holds."""
+        state: dict[str, Any] = read_json(self.path / "state.json", "checkpoint state")
+        return state
+
+    def config(self) -> ModelConfig:
+        """The architecture of the saved weights."""
+        return validate(ModelConfig, read_json(self.path / "config.json", "model config"), str(self.path / "config.json"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameter name → tensor."""
+        return _load(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """Optimizer and generator states by name."""
+        return _load(self.path / "optimizer.safetensors")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; the checkpoint is incomplete, use another one") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}); the file is cut off or damaged, use another one") from error
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """All checkpoints below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
+    return sorted((Checkpoint(path, int(name[1])) for path, name in found if name), key=lambda c: c.step)
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint that a user means by `path`: a checkpoint folder, a ``checkpoints`` folder, or a run (its last).
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "model.safetensors").exists():
+        name = _NAME.fullmatch(path.name)
+        return Checkpoint(path, int(name[1]) if name else 0)
+    for folder in (path / "checkpoints", path):
+        if found := checkpoints(folder):
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a run's folder or one of its checkpoints")
+    raise UserError(f"{path} holds no checkpoint; name a run's folder or one of its checkpoints")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Transformer,
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    tokenizer: Path | None = None,
+) -> Checkpoint:
+    """Write ``folder/step-XXXXXXXX``, complete or not at all.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{step:08d}"
+    with atomic_directory(target) as temporary:
+        save_weights(model, temporary)
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in optimizer.items()},
+            temporary / "optimizer.safetensors",
+        )
+        write_json(temporary / "state.json", dict(state))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+    return Checkpoint(target, step)
+
+
+def save_weights(model: Transformer, folder: Path) -> None:
+    """Write ``model.safetensors`` and ``config.json`` into `folder`; a tied head is stored once, as the embedding."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tied_embeddings:
+        weights.pop("head.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", model.config.model_dump(mode="json"))
+
+
+def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into `model`.
+
+    Raises:
+        UserError: names or shapes are those of another architecture.
+    """
+    weights = checkpoint.weights()
+    expected = dict(model.state_dict())
+    if model.config.tied_embeddings:
+        expected.pop("head.weight")
+    differing = sorted(
+        name
+        for name in expected.keys() | weights.keys()
+        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
+    )
+    if differing:
+        raise UserError(
+            f"{checkpoint.path} holds a different model than asked for (first difference: {differing[0]}); "
+            "use the model section it was trained with"
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(".step-"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Keep the `keep` newest checkpoints and the best one."""
+    for checkpoint in checkpoints(folder)[:-keep]:
+        if checkpoint.step != best_step:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """torch's random states, by name."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Undo :func:`generator_states`."""
+    if "rng.cpu" in states:
+        torch.set_rng_state(states["rng.cpu"])
+    if "rng.cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["rng.cuda"], device)

@@ -1,0 +1,371 @@
+"""The training loop: one for every task. A task hands it a loss and a source of batches."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.errors import UserError
+from scratchlm.kernels.cross_entropy import IGNORE_INDEX
+from scratchlm.model.transformer import Transformer
+from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
+from scratchlm.progress import progress
+from scratchlm.train.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    generator_states,
+    load_weights,
+    prune,
+    remove_leftovers,
+    restore_generators,
+    save_checkpoint,
+)
+from scratchlm.train.loss import Batch, NextTokenLoss
+from scratchlm.train.metrics import MetricsFile
+from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
+
+FORMAT_VERSION = 1
+"""Raised when a change makes old checkpoints continue differently: they are then not resumed."""
+
+
+class Loader(Protocol):
+    """A source of batches whose place can be saved."""
+
+    def next_batch(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the checkpoint is written."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@dataclass
+class Progress:
+    """Everything of the loop's state that is not a tensor; goes into ``state.json`` and comes back exactly."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # since the last line of metrics
+    loss_steps: int = 0
+    skipped: int = 0  # steps with a non-finite loss or gradient, in all
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    precision: str = "fp32"
+    compile: str = "off"
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass
+class Trainer:
+    """Trains `model` and leaves metrics and checkpoints behind.
+
+    Args:
+        model: on the CPU or on `device` already.
+        loss: ``loss(batch)`` is the sum over the batch's targets, in nats.
+        loader: batches of `config.batch_size` sequences.
+        config: the loop's settings.
+        optim: optimizer, schedule and clipping.
+        folder: the run's folder: ``metrics.jsonl`` and ``checkpoints/`` go there.
+        device: where to train.
+        validate: returns at least ``{"loss": nats per token}`` for the whole validation set; None: no validation.
+        trackers: called with every line of metrics, after it is on disk.
+        tokenizer: file copied into every checkpoint.
+        say: receives one-line messages for the user.
+        show_progress: show the bar.
+    """
+
+    model: Transformer
+    loss: NextTokenLoss
+    loader: Loader
+    config: TrainConfig
+    optim: OptimConfig
+    folder: Path
+    device: torch.device
+    validate: Callable[[], Mapping[str, float]] | None = None
+    trackers: Callable[[Mapping[str, Any]], None] = lambda record: None
+    tokenizer: Path | None = None
+    say: Callable[[str], None] = print
+    show_progress: bool = True
+    state: Progress = field(default_factory=Progress)
+    _signal: int | None = None
+
+    def fit(self) -> Progress:
+        """Train until `config.steps`, from the newest checkpoint if there is one.
+
+        Raises:
+            Interrupted: a signal arrived; a checkpoint was written.
+            UserError: the checkpoint is of another model, or too many losses in a row were not finite.
+        """
+        self.model.to(self.device)
+        self.optimizers = build_optimizers(self.model, self.optim)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        remove_leftovers(self._checkpoints)
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        try:
+            self._start()
+            handlers = {number: self._install(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                self._run()
+            finally:
+                for number, handler in handlers.items():
+                    if handler is not None:
+                        signal.signal(number, handler)
+        finally:
+            self.metrics.close()
+        return self.state
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _start(self) -> None:
+        """Resume from the newest checkpoint, or decide how to compute and begin."""
+        if found := checkpoints(self._checkpoints):
+            self._resume(found[-1])
+            decisions = [Decision(self.state.precision, "as before"), Decision(self.state.compile, "as before")]
+            if decisions[1].value == "on":  # the compiler may have gone since
+                decisions[1] = choose_compile("auto", self.device, max(self.config.steps, 1000))
+        else:
+            self.metrics.truncate_after(-1)
+            decisions = [
+                choose_precision(self.config.precision, self.device),
+                choose_compile(self.config.compile, self.device, self.config.steps),
+            ]
+        precision, compiling = decisions
+        self.state.precision, self.state.compile = precision.value, compiling.value
+        self.say(
+            f"training on {self.device.type}: {precision.value} ({precision.reason}), "
+            f"torch.compile {compiling.value} ({compiling.reason})"
+        )
+        if compiling.value == "on":
+            self.loss.compile()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.state()
+        if saved.get("progress", {}).get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{checkpoint.path} was written by a version of scratchlm that trains differently; "
+                "start a new run with another --out"
+            )
+        if (differing := _first_difference(checkpoint.config(), self.model.config)) is not None:
+            name, then, now = differing
+            raise UserError(
+                f"{checkpoint.path} holds a model with {name} = {then}, the recipe says {now}: "
+                "resume with the same model section, or start a new run with another --out"
+            )
+        load_weights(self.model, checkpoint)
+        tensors = checkpoint.optimizer()
+        restore_generators(tensors, self.device)
+        self.optimizers.load_named_state({k: v for k, v in tensors.items() if not k.startswith("rng.")})
+        self.loader.load_state_dict(saved["loader"])
+        self.state = Progress(**saved["progress"])
+        self.metrics.truncate_after(self.state.step)
+        self.say(f"resuming from step {self.state.step:,} of {self.config.steps:,}")
+
+    def _run(self) -> None:
+        config, state = self.config, self.state
+        self._clock = time.perf_counter() - state.seconds
+        self._interval = (time.perf_counter(), state.tokens)
+        with progress(
+            description="train", total=config.steps, initial=state.step, unit="step", show=self.show_progress
+        ) as bar:
+            while state.step < config.steps:
+                loss, norm, tokens = self._step()
+                state.step += 1
+                state.tokens += tokens
+                state.loss_sum += loss
+                state.loss_steps += 1
+                self._update_bar(bar, loss)
+                last = state.step == config.steps
+                if last or state.step % config.log_interval == 0:
+                    self._log(norm)
+                improved = False
+                if last or state.step % config.eval_interval == 0:
+                    improved = self._evaluate()
+                if last or improved or state.step % config.checkpoint_interval == 0:
+                    self._save()
+                elif self._signal is not None:
+                    self._save()
+                if self._signal is not None and not last:
+                    name = signal.Signals(self._signal).name
+                    raise Interrupted(
+                        f"{name}: stopped after step {state.step:,} of {config.steps:,}; the checkpoint is written, "
+                        "the same command goes on from there",
+                        self._signal,
+                    )
+        if config.steps == 0:
+            self._save()
+
+    def _step(self) -> tuple[float, float, int]:
+        """One optimizer step, in the lecture's six moves; returns loss (nats per token), gradient norm, tokens."""
+        config = self.config
+        micro_batches = _split(self.loader.next_batch(), config.accumulation)
+        tokens = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
+        total = torch.zeros((), device=self.device)
+        self.optimizers.set_lr(lr_multiplier(self.state.step, config.steps, self.optim))
+        self.optimizers.zero_grad()  # 2
+        for batch in micro_batches:
+            batch = batch.to(self.device)  # 1: batch to device
+            loss = self._forward_backward(batch, tokens)  # 3, 4, 5: forward, loss, backward
+            total += loss
+        norm_limit = self.optim.grad_clip or math.inf
+        norm = float(clip_grad_norm(self.parameters, norm_limit))
+        mean = float(total) / max(tokens, 1)
+        if math.isfinite(mean) and math.isfinite(norm):
+            self.optimizers.step()  # 6
+            self.state.skipped_in_a_row = 0
+            return mean, norm, tokens
+        return self._skip(mean, norm), norm, tokens
+
+    def _forward_backward(self, batch: Batch, tokens: int) -> Tensor:
+        """Add this micro-batch's gradients; the sum is divided by all of the step's tokens, so that accumulation is exact."""
+        try:
+            with autocast(self.state.precision, self.device):
+                loss = self.loss(batch)
+            (loss / max(tokens, 1)).backward()
+        except Exception as error:
+            if not self.loss.compiled or not _is_compiler_error(error):
+                raise
+            first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            self.say(f"torch.compile failed ({first_line}): going on without it, slower")
+            self.loss.eager()
+            self.state.compile = "off"
+            self.optimizers.zero_grad()
+            with autocast(self.state.precision, self.device):
+                loss = self.loss(batch)
+            (loss / max(tokens, 1)).backward()
+        return loss.detach()
+
+    def _skip(self, loss: float, norm: float) -> float:
+        """The policy for a loss or gradient that is not finite: leave the weights alone, count, stop after too many."""
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        message = f"loss {loss}, gradient norm {norm}: step skipped ({state.skipped_in_a_row} in a row)"
+        self._record({"kind": "event", "step": state.step + 1, "message": message})
+        if state.skipped_in_a_row > self.config.max_non_finite:
+            raise UserError(
+                f"training stopped at step {state.step + 1}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
+                f"that is not finite; lower optim.lr or raise optim.warmup_steps (last checkpoint: {self._checkpoints})"
+            )
+        self.say(message)
+        return loss
+
+    def _evaluate(self) -> bool:
+        """Validate, log, and say whether it is the best so far."""
+        if self.validate is None:
+            return False
+        result = dict(self.validate())
+        state = self.state
+        self._record(
+            {
+                "kind": "validation",
+                "step": state.step,
+                **result,
+                "tokens": state.tokens,
+                "seconds": self._elapsed(),
+            }
+        )
+        bits = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+        self.say(f"step {state.step:,}: validation loss {result['loss']:.4f}{bits}")
+        self._interval = (time.perf_counter(), state.tokens)  # validation does not count as training speed
+        if state.best_loss is None or result["loss"] < state.best_loss:
+            state.best_loss, state.best_step = result["loss"], state.step
+            return True
+        return False
+
+    def _log(self, norm: float) -> None:
+        state = self.state
+        now = time.perf_counter()
+        since, tokens = self._interval
+        self._record(
+            {
+                "kind": "train",
+                "step": state.step,
+                "loss": state.loss_sum / state.loss_steps,
+                "lr": self.optim.lr * lr_multiplier(state.step - 1, self.config.steps, self.optim),
+                "grad_norm": norm,
+                "tokens": state.tokens,
+                "tokens_per_second": (state.tokens - tokens) / max(now - since, 1e-9),
+                "seconds": self._elapsed(),
+            }
+        )
+        state.loss_sum, state.loss_steps = 0.0, 0
+        self._interval = (now, state.tokens)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.metrics.log(record)
+        self.trackers(record)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._clock
+
+    def _save(self) -> None:
+        state = self.state
+        state.seconds = self._elapsed()
+        tensors = {**self.optimizers.named_state(), **generator_states(self.device)}
+        saved = {"progress": vars(state), "loader": self.loader.state_dict()}
+        save_checkpoint(self._checkpoints, state.step, self.model, tensors, saved, self.tokenizer)
+        prune(self._checkpoints, self.config.keep_checkpoints, state.best_step)
+
+    def _update_bar(self, bar: Any, loss: float) -> None:
+        since, tokens = self._interval
+        seconds = time.perf_counter() - since
+        speed = (self.state.tokens - tokens) / seconds if seconds > 0 else 0.0
+        lr = self.optim.lr * lr_multiplier(self.state.step - 1, self.config.steps, self.optim)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
+        bar.update(1)
+
+    def _install(self, number: int) -> Any:
+        """Take over a signal; None where that is impossible (outside the main thread)."""
+        try:
+            return signal.signal(number, self._on_signal)
+        except ValueError:
+            return None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: now
+        self._signal = number
+
+
+def _split(batch: Any, parts: int) -> list[Any]:
+    """A batch in `parts` micro-batches of equal size."""
+    if parts == 1:
+        return [batch]
+    names = ("inputs", "targets", "positions", "documents")
+    pieces = {
+        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).chunk(parts) for name in names
+    }
+    return [type(batch)(**{name: pieces[name][i] for name in names}) for i in range(parts)]
+
+
+def _is_compiler_error(error: Exception) -> bool:
+    """Whether torch.compile itself failed, as opposed to the computation."""
+    module = type(error).__module__
+    return module.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def _first_difference(then: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first field that changes what is learnt; kernels are only another way to compute the same."""
+    for name in type(now).model_fields:
+        if name not in ("kernels", "attention_kernel") and getattr(then, name) != getattr(now, name):
+            return name, getattr(then, name), getattr(now, name)
+    return None
