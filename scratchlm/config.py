@@ -53,7 +53,9 @@ class CorpusConfig(Section):
     validation_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="Share of documents held out, chosen by a hash of their name."
     )
-    separator: str = Field(default="<|endoftext|>", description="Splits a text file into documents; '': one per file.")
+    separator: str = Field(
+        default="<|endoftext|>", description="Splits a text file into documents; '': one per file."
+    )
     text_field: str = Field(default="text", description="Field or column that holds the text (jsonl, parquet, HF).")
     dataset: str | None = Field(default=None, description="Hugging Face dataset name (or a local folder of one).")
     subset: str | None = Field(default=None, description="Configuration of the Hugging Face dataset.")
@@ -91,7 +93,9 @@ class OptimConfig(Section):
     muon_lr: float = Field(default=0.02, gt=0, description="Peak learning rate of Muon's matrices.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's ε.")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled decay, times the learning rate, per step.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled decay, times the learning rate, per step."
+    )
     muon_weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay of Muon's matrices.")
     decay_embeddings_and_norms: bool = Field(default=False, description="Apply weight decay to these too.")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of SGD and Muon.")
@@ -121,7 +125,8 @@ class TrainConfig(Section):
         default=False, description="Attention does not cross documents and positions restart in each."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="bf16: autocast, weights stay fp32; auto: bf16 where the hardware is faster with it."
+        default="auto",
+        description="bf16: autocast, weights stay fp32; auto: bf16 where the hardware is faster with it.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
@@ -129,12 +134,16 @@ class TrainConfig(Section):
     loss_kernel: Literal["auto", "reference", "chunked"] = Field(
         default="auto", description="chunked: head and cross-entropy by rows, never holding all logits."
     )
-    eval_interval: int = Field(default=250, ge=1, description="Steps between evaluations on the whole validation set.")
+    eval_interval: int = Field(
+        default=250, ge=1, description="Steps between evaluations on the whole validation set."
+    )
     log_interval: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
     checkpoint_interval: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept, beside the best one.")
     max_non_finite: int = Field(
-        default=10, ge=0, description="Steps with a non-finite loss or gradient are skipped; stop after so many in a row."
+        default=10,
+        ge=0,
+        description="Steps with a non-finite loss or gradient are skipped; stop after so many in a row.",
     )
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default=[], description="Besides metrics.jsonl.")
     project: str = Field(default="scratchlm", description="Project name for trackers.")
@@ -161,7 +170,9 @@ class GenerateConfig(Section):
     max_tokens: int = Field(default=256, ge=0, description="Tokens per sample, at most.")
     temperature: float = Field(default=0.8, ge=0, description="0: always the likeliest token.")
     top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest; None: all.")
-    top_p: float = Field(default=0.95, gt=0, le=1, description="Nucleus: smallest set with this probability; 1: all.")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="Nucleus: smallest set with this probability; 1: all."
+    )
     stop: list[str] = Field(default=["<|endoftext|>"], description="Special tokens that end a sample.")
     seed: int = Field(default=0, ge=0, description="Seed of the sampler.")
 
@@ -172,7 +183,9 @@ class Recipe(Section):
     name: str = Field(default="run", pattern=r"^[\w.+-]+$", description="Name of the run.")
     out: Path | None = Field(default=None, description="The run's folder; None: runs/<name>.")
     seed: int = Field(default=0, ge=0, description="Initialisation and data order.")
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n].")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; None: torch's choice.")
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A hidden name in the same folder (so in the same file system), of this thread alone."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.{suffix}")
 
 
 @contextlib.contextmanager
@@ -64,7 +70,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = _beside(target, "tmp")
         try:
             yield temporary
             _sync_file(temporary)
@@ -86,19 +92,24 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        temporary, old = _beside(target, "tmp"), _beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
+            for path in (*temporary.rglob("*"), temporary):
+                if path.is_dir():
+                    _sync_directory(path)
+                elif path.is_file():
                     _sync_file(path)
-            _sync_directory(temporary)
             if target.exists():
                 target.rename(old)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
             _sync_directory(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,7 +146,9 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
     except IsADirectoryError as error:
         raise UserError(f"{what} {path} is a folder, not a file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid JSON ({error}); it may be cut off or of another kind") from error
+        raise UserError(
+            f"{what} {path} is not valid JSON ({error}); it may be cut off or of another kind"
+        ) from error
 
 
 def stable_hash(value: Any, length: int = 16) -> str:

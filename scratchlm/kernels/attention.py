@@ -19,7 +19,7 @@ from scratchlm.kernels.functions import softmax
 
 Queries = Float[Tensor, "... heads q head_dim"]
 Keys = Float[Tensor, "... kv_heads k head_dim"]
-Mask = Bool[Tensor, "... #heads q k"]
+Mask = Bool[Tensor, " ... #heads q k"]
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -73,7 +73,7 @@ def blocked_causal_attention(
     Other masks, and lengths of which the queries cover only the end, go to :func:`sdpa_attention`.
     """
     length = q.shape[-2]
-    if mask is not None or k.shape[-2] != length:
+    if mask is not None or k.shape[-2] != length or length == 0:
         return sdpa_attention(q, k, v, mask)
     if k.shape[-3] != q.shape[-3]:
         group = q.shape[-3] // k.shape[-3]

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 """Targets with this value count for nothing (padding, re-read context), as in torch."""
 
 
-def cross_entropy(
-    logits: Float[Tensor, "... vocab"], targets: Int[Tensor, "..."]
-) -> Float[Tensor, "..."]:
+def cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """log Σ exp(logits) − logits[target] per token, in nats; 0 where the target is IGNORE_INDEX.
 
     The maximum is subtracted before exp, so that no logit is too large; half precision is widened to fp32 first.
@@ -35,14 +34,14 @@ def cross_entropy(
 
 
 def reference_linear_cross_entropy(
-    x: Float[Tensor, "... d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, "..."]
+    x: Float[Tensor, "... d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, " ..."]
 ) -> Float[Tensor, ""]:
     """Sum over tokens of the cross-entropy of ``x @ weight.T``: all logits at once."""
     return cross_entropy(x @ weight.T, targets).sum()
 
 
 def _loss_and_gradient(
-    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"]
+    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows vocab"]]:
     """Summed loss of a block of rows, and its gradient softmax(logits) − onehot(target), in the logits' dtype."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
@@ -64,9 +63,7 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Te
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, compiled: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, compiled: bool) -> Tensor:
         kernel = _compiled_loss_and_gradient() if compiled else _loss_and_gradient
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         ctx.dtypes = (x.dtype, weight.dtype)
@@ -88,6 +85,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_x, d_weight = ctx.saved_tensors
         (upstream,) = grad_outputs
@@ -98,7 +96,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 def chunked_linear_cross_entropy(
     x: Float[Tensor, "... d_model"],
     weight: Float[Tensor, "vocab d_model"],
-    targets: Int[Tensor, "..."],
+    targets: Int[Tensor, " ..."],
     *,
     rows: int = 1024,
     compiled: bool = False,

@@ -41,7 +41,7 @@ class Context:
     """
 
     positions: Int[Tensor, "... length"] | None = None
-    mask: Bool[Tensor, "... #heads q k"] | None = None
+    mask: Bool[Tensor, " ... #heads q k"] | None = None
     cache: Cache | None = None
 
 
@@ -57,10 +57,10 @@ def attention_kernel(config: ModelConfig) -> Callable[..., Tensor]:
 class MultiHeadAttention(nn.Module):
     """softmax(Q Kᵀ / √d) V per head, then mixed by W_o (Vaswani et al. 2017, section 3.2.2).
 
-                 ┌─ q ─ norm? ─ RoPE ─┐
-        x ─ qkv ─┼─ k ─ norm? ─ RoPE ─┼─ attention ─ W_o ─►      heads = 8, kv_heads = 8: MHA
-                 └─ v ────────────────┘                                    kv_heads = 2: GQA, four queries share a key
-                                                                           kv_heads = 1: MQA
+             ┌─ q ─ norm? ─ RoPE ─┐
+    x ─ qkv ─┼─ k ─ norm? ─ RoPE ─┼─ attention ─ W_o ─►      heads = 8, kv_heads = 8: MHA
+             └─ v ────────────────┘                                    kv_heads = 2: GQA, four queries share a key
+                                                                       kv_heads = 1: MQA
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -13,8 +13,8 @@ from scratchlm.model.config import ModelConfig
 class PreNormBlock(nn.Module):
     """Norms inside the branches; the residual stream itself is never normalised (Xiong et al. 2020, arXiv 2002.04745).
 
-        x ──┬────────────────────────(+)──┬────────────────────────────(+)──►
-            └─ norm ── attention ─────┘   └─ norm ── feed-forward ──────┘
+    x ──┬────────────────────────(+)──┬────────────────────────────(+)──►
+        └─ norm ── attention ─────┘   └─ norm ── feed-forward ──────┘
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

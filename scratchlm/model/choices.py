@@ -1,7 +1,7 @@
 """The table of architectural choices: every axis, its allowed names, and where each one lives.
 
 Adding a choice is a class in its file and one line here; the configuration, the command line's help, the JSON schema and
-the error for a misspelt name follow from this table. It imports nothing, so that reading a recipe does not load torch.
+the error for a misspelt name follow from this table. It imports none of them, so that reading a recipe does not load torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from scratchlm.errors import UserError
+from scratchlm.section import nearest_name
 
 
 class Choices:
@@ -27,18 +28,17 @@ class Choices:
         """The class or function called `name`.
 
         Raises:
-            UserError: no such value on this axis; the message lists the allowed ones.
+            UserError: no such value on this axis; the message names the nearest and lists the allowed ones.
         """
         if name not in self.table:
-            raise UserError(f"{self.axis} = {name!r} is unknown; allowed: {', '.join(self.table)}")
+            hint = nearest_name(name, self.table)
+            raise UserError(f"{self.axis} = {name!r} is unknown{hint}; allowed: {', '.join(self.table)}")
         module, attribute = self.table[name].split(":")
         return getattr(importlib.import_module(module), attribute)
 
 
 NORM = Choices("norm", {"rmsnorm": "scratchlm.model.norm:RMSNorm"})
-QK_NORM = Choices(
-    "qk_norm", {"none": "scratchlm.model.norm:NoNorm", "rmsnorm": "scratchlm.model.norm:RMSNorm"}
-)
+QK_NORM = Choices("qk_norm", {"none": "scratchlm.model.norm:NoNorm", "rmsnorm": "scratchlm.model.norm:RMSNorm"})
 FEEDFORWARD = Choices(
     "feedforward",
     {"swiglu": "scratchlm.model.feedforward:SwiGLU", "relu2": "scratchlm.model.feedforward:SquaredReLU"},

@@ -10,8 +10,15 @@ from scratchlm.model import choices
 from scratchlm.section import Section
 
 if TYPE_CHECKING:  # a type checker wants literals spelled out; pydantic and tyro read the table
-    NormName = QKNormName = FeedForwardName = PositionName = AttentionName = MaskName = str
-    BlockName = InitName = AttentionKernelName = str
+    NormName = str
+    QKNormName = str
+    FeedForwardName = str
+    PositionName = str
+    AttentionName = str
+    MaskName = str
+    BlockName = str
+    InitName = str
+    AttentionKernelName = str
 else:
     NormName = Literal[choices.NORM.names]
     QKNormName = Literal[choices.QK_NORM.names]
@@ -28,7 +35,9 @@ class ModelConfig(Section):
     """The architecture. ``ModelConfig.model_json_schema()`` lists every axis with its allowed values."""
 
     vocab_size: int = Field(default=0, ge=0, description="Number of token ids; 0: taken from the tokenizer.")
-    context_length: int = Field(default=256, ge=1, description="Longest sequence the model is trained on, in tokens.")
+    context_length: int = Field(
+        default=256, ge=1, description="Longest sequence the model is trained on, in tokens."
+    )
     d_model: int = Field(default=256, ge=1, description="Width of the residual stream.")
     layers: int = Field(default=4, ge=0, description="Number of blocks.")
     heads: int = Field(default=8, ge=1, description="Number of query heads.")
@@ -59,7 +68,9 @@ class ModelConfig(Section):
     )
     init_embedding_std: float = Field(default=1.0, ge=0, description="σ of the embedding weights.")
     init_output_std: float | None = Field(
-        default=None, ge=0, description="σ of each residual branch's last linear and of the head; None: as any linear."
+        default=None,
+        ge=0,
+        description="σ of each residual branch's last linear and of the head; None: as any linear.",
     )
     attention_kernel: AttentionKernelName = Field(
         default="auto", description="Implementation of attention; auto picks the fastest for the device."
@@ -94,7 +105,5 @@ class ModelConfig(Section):
         """d_ff, or the ratio's width rounded to the nearest multiple of `d_ff_multiple` (at least one of it)."""
         if self.d_ff is not None:
             return self.d_ff
-        from scratchlm.model.choices import FEEDFORWARD
-
-        ratio = self.d_ff_ratio or FEEDFORWARD.get(self.feedforward).default_ratio
+        ratio = self.d_ff_ratio or choices.FEEDFORWARD.get(self.feedforward).default_ratio
         return max(1, round(ratio * self.d_model / self.d_ff_multiple)) * self.d_ff_multiple

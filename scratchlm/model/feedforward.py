@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scratchlm.model.config import ModelConfig
 from scratchlm.kernels.functions import silu
+from scratchlm.model.config import ModelConfig
 from scratchlm.model.linear import Linear
 
 

@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         self.weight.role = "embedding"  # type: ignore[attr-defined]
 
-    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+    def forward(self, ids: Int[Tensor, " ..."]) -> Float[Tensor, "... d_model"]:
         if self.reference:
             return self.weight[ids]
         return F.embedding(ids, self.weight)

@@ -12,19 +12,17 @@ from scratchlm.model.config import ModelConfig
 class Causal:
     """Every position sees itself and what came before it.
 
-            keys →
-        q   ■ □ □ □
-        ↓   ■ ■ □ □
-            ■ ■ ■ □
-            ■ ■ ■ ■
+        keys →
+    q   ■ □ □ □
+    ↓   ■ ■ □ □
+        ■ ■ ■ □
+        ■ ■ ■ ■
     """
 
     def __init__(self, config: ModelConfig) -> None:
         pass
 
-    def allowed(
-        self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"]
-    ) -> Bool[Tensor, "... q k"]:
+    def allowed(self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"]) -> Bool[Tensor, "... q k"]:
         """True where the query at one position may read the key at another (positions within the sequence)."""
         return queries[..., :, None] >= keys[..., None, :]
 
@@ -37,7 +35,7 @@ def attention_mask(
     past: int = 0,
     key_mask: Bool[Tensor, "... total"] | None = None,
     device: torch.device | None = None,
-) -> Bool[Tensor, "... #heads length total"] | None:
+) -> Bool[Tensor, " ... #heads length total"] | None:
     """The dense mask of a forward pass, or None where it is the plain causal triangle the kernels know themselves.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / RMS(x) · g, computed in fp32 and returned in x's dtype (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
-        RMS(x) = sqrt(mean(x²) + ε)
+    RMS(x) = sqrt(mean(x²) + ε)
     """
 
     def __init__(self, width: int, eps: float = 1e-5, *, reference: bool = False) -> None:

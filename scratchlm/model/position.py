@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,17 +21,30 @@ class RoPE(nn.Module):
 
     so that a query at position m and a key at position n meet in a product that depends on m − n only. The paper's
     interleaved pairs (2i, 2i+1) are the same model with the rows of the q and k projections permuted; halves keep
-    memory contiguous. Angles are computed in fp32 whatever the model's dtype.
+    memory contiguous. Angles are computed in fp32 at least, whatever the model's dtype.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.resolved_head_dim
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        frequencies = config.rope_theta**-exponents
-        angles = torch.outer(torch.arange(config.context_length, dtype=torch.float64), frequencies)
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
-        self.register_buffer("table", torch.stack([angles.cos(), angles.sin()]).float(), persistent=False)
+        self.head_dim, self.theta = config.resolved_head_dim, config.rope_theta
+        self.context_length = config.context_length
+        self._build(torch.get_default_dtype(), None)
+
+    def _build(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
+        frequencies = self.theta**-exponents
+        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device="cpu"), frequencies)
+        table = torch.stack([angles.cos(), angles.sin()])
+        self.register_buffer("frequencies", frequencies.to(dtype).to(device), persistent=False)
+        self.register_buffer("table", table.to(dtype).to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
+        # `model.bfloat16()` would round the frequencies too, and position 1000 would be off by radians: build them anew.
+        super()._apply(fn, recurse)
+        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
+        self._build(frequencies.dtype, frequencies.device)
+        return self
 
     def angles(
         self, length: int, positions: Int[Tensor, "... length"] | None
@@ -41,7 +56,7 @@ class RoPE(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         if positions is None:
             positions = torch.arange(length, device=frequencies.device)
-        turned = positions[..., None].float() * frequencies
+        turned = positions[..., None].to(frequencies.dtype) * frequencies
         return turned.cos(), turned.sin()
 
     def forward(

@@ -54,6 +54,11 @@ class Transformer(nn.Module):
         """Everything but the head: what the chunked loss multiplies by the head's weight itself."""
         length = ids.shape[-1]
         past = 0 if cache is None else cache.length
+        if past + length > self.config.context_length:
+            raise UserError(
+                f"a sequence of {past + length} tokens is longer than the model's context of "
+                f"{self.config.context_length}; cut it, or set model.context_length"
+            )
         if cache is not None and positions is None:
             positions = torch.arange(past, past + length, device=ids.device)
         key_mask = None if cache is None else cache.key_mask(ids.shape[0], past + length)
@@ -80,6 +85,9 @@ class Transformer(nn.Module):
             positions: position of each token; None counts from 0, or from the cache's end.
             documents: document number of each token; attention stays within a document. None: one document.
             cache: keys and values of earlier tokens; the new ones are appended.
+
+        Raises:
+            UserError: the sequence, with what the cache holds, is longer than `context_length`.
         """
         return self.head(self.hidden(ids, positions, documents, cache))
 
