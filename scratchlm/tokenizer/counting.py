@@ -101,7 +101,7 @@ def _read(job: FileRange) -> Iterator[str]:
 def _ranges(path: str, pattern: Pattern, splitter: SpecialSplitter) -> Iterator[FileRange]:
     """Cut a file into ranges whose pre-tokens do not depend on each other."""
     try:
-        size = os.stat(path).st_size
+        size = Path(path).stat().st_size
         if Path(path).is_dir():
             raise UserError(f"training text {path} is a folder; name the files in it")
         with Path(path).open("rb") as file:
@@ -223,7 +223,7 @@ def count_words(
     total = None
     if paths is not None:
         jobs = chain.from_iterable(_ranges(path, pattern, splitter) for path in paths)
-        total = sum(os.path.getsize(path) for path in paths if _is_file(path))
+        total = sum(Path(path).stat().st_size for path in paths if _is_file(path))
     else:
         jobs = _document_jobs(source, pattern, splitter)  # type: ignore[arg-type]
 

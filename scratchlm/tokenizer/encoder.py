@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from itertools import pairwise
 
 _MASK = (1 << 32) - 1
 # Up to here, looking through the whole pre-token for the best pair is faster than keeping a heap.
@@ -33,7 +34,7 @@ def merge_tokens(ids: list[int], ranks: dict[int, int]) -> list[int]:
 def _merge_short(ids: list[int], ranks: dict[int, int]) -> list[int]:
     unknown = 1 << 64
     find = ranks.get
-    found = [find(left << 32 | right, unknown) for left, right in zip(ids, ids[1:], strict=False)]
+    found = [find(left << 32 | right, unknown) for left, right in pairwise(ids)]
     while found:
         best = min(found)
         if best == unknown:
@@ -100,7 +101,7 @@ class WordCache(dict[str, bytes]):
         limit: most entries.
     """
 
-    MAX_WORD = 256
+    MAX_WORD = 64
 
     def __init__(
         self, byte_ids: list[int], ranks: dict[int, int], whole: dict[bytes, int], dtype: str, limit: int = 1 << 17

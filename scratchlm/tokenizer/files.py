@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from scratchlm.errors import UserError
-from scratchlm.files import disk_errors, read_json, write_text
+from scratchlm.files import read_json, write_text
 from scratchlm.tokenizer.oniguruma import from_oniguruma, to_oniguruma
+from scratchlm.tokenizer.stream import check_specials
 from scratchlm.tokenizer.tokenizer import Tokenizer
 
 
@@ -59,7 +60,10 @@ def _read_vocab(entries: Any, specials: Iterable[str], where: str) -> dict[int, 
     """{"printable form": id} → {id: bytes}; special tokens stand there as they are."""
     if not isinstance(entries, dict):
         raise UserError(f"{where}: the vocabulary is not a JSON object of tokens and ids")
-    plain = set(specials)
+    try:
+        plain = set(check_specials(specials))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     vocab: dict[int, bytes] = {}
     for chars, index in entries.items():
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
@@ -137,7 +141,7 @@ def load_gpt2(
     if lines and lines[0].startswith("#version"):
         lines = lines[1:]
     merges = _read_merges([line for line in lines if line], str(merges_txt))
-    return _build(str(vocab_json), vocab, merges, specials, pattern)
+    return _build(f"{vocab_json} with {merges_txt}", vocab, merges, specials, pattern)
 
 
 def _written_vocab(tokenizer: Tokenizer) -> dict[str, int]:
@@ -272,14 +276,16 @@ def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(field):
             raise UserError(f"{where}: model.{field} = {model[field]!r} is not supported by byte-level BPE")
-    if content.get("normalizer"):
-        raise UserError(
-            f"{where}: the normalizer {content['normalizer'].get('type')} changes the text; not supported"
-        )
+    if normalizer := content.get("normalizer"):
+        kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+        raise UserError(f"{where}: the normalizer {kind} changes the text; not supported")
     if not isinstance(model.get("merges"), list):
         raise UserError(f"{where}: model.merges is missing or not a list")
     specials: dict[str, int] = {}
-    for added in content.get("added_tokens") or []:
+    added_tokens = content.get("added_tokens") or []
+    if not isinstance(added_tokens, list):
+        raise UserError(f"{where}: added_tokens is {added_tokens!r}, not a list")
+    for added in added_tokens:
         if (
             not isinstance(added, dict)
             or not isinstance(added.get("content"), str)
@@ -300,10 +306,15 @@ def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _read_pattern(pre_tokenizer: Any, where: str) -> str:
     """The pattern of ByteLevel alone, or of Split followed by ByteLevel."""
-    steps = [pre_tokenizer]
+    steps: Any = [pre_tokenizer]
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
-        steps = pre_tokenizer.get("pretokenizers") or []
-    if not all(isinstance(step, dict) for step in steps) or not steps or steps[-1].get("type") != "ByteLevel":
+        steps = pre_tokenizer.get("pretokenizers")
+    if (
+        not isinstance(steps, list)
+        or not all(isinstance(step, dict) for step in steps)
+        or not steps
+        or steps[-1].get("type") != "ByteLevel"
+    ):
         raise UserError(f"{where}: the pre-tokenizer does not end in ByteLevel; only byte-level BPE is supported")
     last = steps[-1]
     if last.get("add_prefix_space"):

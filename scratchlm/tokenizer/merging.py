@@ -18,8 +18,10 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 
 Pair = tuple[int, int]
+Tick = Callable[[int], object]
 
 
 class _Descending:
@@ -35,7 +37,7 @@ class _Descending:
 
 
 def merge_words(
-    words: dict[bytes, int], merges: int, min_frequency: int = 1, tick: Callable[[], None] = lambda: None
+    words: dict[bytes, int], merges: int, min_frequency: int = 1, tick: Tick = lambda done: None
 ) -> list[Pair]:
     """The first `merges` merges, fewer if no pair occurs `min_frequency` times any more.
 
@@ -43,7 +45,7 @@ def merge_words(
         words: pre-token → count.
         merges: how many are wanted.
         min_frequency: least count of a pair to be merged (at least 1).
-        tick: called after every merge.
+        tick: called after every merge with 1, the number of new merges.
 
     Returns:
         pairs of token ids; ids below 256 are bytes, 256 + i is the token made by merge i.
@@ -54,7 +56,7 @@ def merge_words(
     pair_count: defaultdict[Pair, int] = defaultdict(int)
     where: defaultdict[Pair, set[int]] = defaultdict(set)
     for index, split in enumerate(splits):
-        for pair in zip(split, split[1:], strict=False):
+        for pair in pairwise(split):
             pair_count[pair] += counts[index]
             where[pair].add(index)
 
@@ -88,9 +90,9 @@ def merge_words(
                 else:
                     merged.append(split[position])
                     position += 1
-            for old in zip(split, split[1:], strict=False):
+            for old in pairwise(split):
                 pair_count[old] -= count
-            for now in zip(merged, merged[1:], strict=False):
+            for now in pairwise(merged):
                 pair_count[now] += count
                 if new in now:
                     where[now].add(index)
@@ -99,5 +101,5 @@ def merge_words(
         del pair_count[pair]
         for fresh in changed:
             heapq.heappush(heap, entry(fresh))
-        tick()
+        tick(1)
     return made

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 
-Pair = tuple[int, int]
+from scratchlm.tokenizer.merging import Pair, Tick
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +32,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compile
-def _token_order(first, second, pool, start):  # type: ignore[no-untyped-def]
+def _token_order(first, second, pool, start):
     """-1, 0 or 1: the byte string of `first` is less than, equal to or greater than that of `second`."""
     if first == second:
         return 0
@@ -47,7 +47,7 @@ def _token_order(first, second, pool, start):  # type: ignore[no-untyped-def]
 
 
 @_compile
-def _above(first, second, claimed, pairs, pool, start):  # type: ignore[no-untyped-def]
+def _above(first, second, claimed, pairs, pool, start):
     """Whether pair `first` is to be merged before pair `second`."""
     if claimed[first] != claimed[second]:
         return claimed[first] > claimed[second]
@@ -58,7 +58,7 @@ def _above(first, second, claimed, pairs, pool, start):  # type: ignore[no-untyp
 
 
 @_compile
-def _rise(heap, position, claimed, pairs, pool, start):  # type: ignore[no-untyped-def]
+def _rise(heap, position, claimed, pairs, pool, start):
     while position > 0:
         parent = (position - 1) >> 1
         if not _above(heap[position], heap[parent], claimed, pairs, pool, start):
@@ -68,7 +68,7 @@ def _rise(heap, position, claimed, pairs, pool, start):  # type: ignore[no-untyp
 
 
 @_compile
-def _sink(heap, size, claimed, pairs, pool, start):  # type: ignore[no-untyped-def]
+def _sink(heap, size, claimed, pairs, pool, start):
     position = 0
     while True:
         child = 2 * position + 1
@@ -83,7 +83,7 @@ def _sink(heap, size, claimed, pairs, pool, start):  # type: ignore[no-untyped-d
 
 
 @_compile
-def _slot(table, pairs, left, right):  # type: ignore[no-untyped-def]
+def _slot(table, pairs, left, right):
     """Where the pair is, or may be put, in the hash table (linear probing; the size is a power of two)."""
     mask = len(table) - 1
     slot = (left * 0x9E3779B1 + right * 0x85EBCA77) & 0x7FFFFFFFFFFFFFFF
@@ -94,7 +94,7 @@ def _slot(table, pairs, left, right):  # type: ignore[no-untyped-def]
 
 
 @_compile
-def _unlink(place, pair_at, head, chain, back):  # type: ignore[no-untyped-def]
+def _unlink(place, pair_at, head, chain, back):
     if back[place] >= 0:
         chain[back[place]] = chain[place]
     else:
@@ -105,7 +105,7 @@ def _unlink(place, pair_at, head, chain, back):  # type: ignore[no-untyped-def]
 
 
 @_compile
-def _link(place, pair, pair_at, head, chain, back):  # type: ignore[no-untyped-def]
+def _link(place, pair, pair_at, head, chain, back):
     pair_at[place] = pair
     back[place] = -1
     chain[place] = head[pair]
@@ -115,15 +115,18 @@ def _link(place, pair, pair_at, head, chain, back):  # type: ignore[no-untyped-d
 
 
 @_compile
-def _longer(array, size):  # type: ignore[no-untyped-def]
+def _longer(array, size):
     grown = np.empty(size, array.dtype)
     grown[: len(array)] = array
     return grown
 
 
 @_compile
-def _merge(token, after, weight, wanted, least, made, signals):  # type: ignore[no-untyped-def]
-    """The loop. `made` receives the merges; signals[0] counts them for a progress bar, signals[1] asks to stop."""
+def _merge(token, after, weight, wanted, least, made, signals):
+    """The loop. `made` receives the merges; returns how many there are.
+
+    signals[0] counts merges for a progress bar, signals[1] asks to stop, signals[2] says "inside a run of equal tokens".
+    """
     places = len(token)
     before = np.full(places, -1, np.int64)
     pair_at = np.full(places, -1, np.int64)
@@ -163,10 +166,11 @@ def _merge(token, after, weight, wanted, least, made, signals):  # type: ignore[
                     entering_one = place
                 following_place = place - 1
             else:
-                if left == right:  # "aaaa": pair up from the left end of the run, as reading would
-                    if signals[2] == 0:
-                        while before[place] >= 0 and pair_at[before[place]] == best:
-                            place = before[place]
+                if (
+                    left == right and signals[2] == 0
+                ):  # "aaaa": pair up from the left end of the run, as reading would
+                    while before[place] >= 0 and pair_at[before[place]] == best:
+                        place = before[place]
                 second = after[place]
                 third = after[second]
                 previous = before[place]
@@ -249,9 +253,13 @@ def _merge(token, after, weight, wanted, least, made, signals):  # type: ignore[
 
 
 def merge_words_fast(
-    words: dict[bytes, int], merges: int, min_frequency: int = 1, tick: Callable[[int], object] = lambda done: None
+    words: dict[bytes, int], merges: int, min_frequency: int = 1, tick: Tick = lambda done: None
 ) -> list[Pair]:
-    """Like `merging.merge_words`; `tick` is called now and then with the number of new merges."""
+    """Like `merging.merge_words`; `tick` is called twenty times a second at most, with the number of new merges.
+
+    The first call on a machine compiles the loop (a few seconds); Numba keeps the result beside this file, or in the
+    user's cache folder, for all later ones.
+    """
     text = b"".join(words)
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     weight = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)

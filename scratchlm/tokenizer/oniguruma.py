@@ -14,6 +14,7 @@ from __future__ import annotations
 from scratchlm.tokenizer.patterns import PATTERNS
 
 _ANCHORS = {"^": r"\A", "$": r"\Z", r"\Z": r"\z"}
+_FROM_ANCHORS = {"^": "(?m:^)", "$": "(?m:$)", r"\Z": "$", r"\z": r"\Z"}
 
 
 def _atom_end(pattern: str, start: int) -> int:
@@ -82,4 +83,10 @@ def from_oniguruma(text: str) -> str:
     for name in PATTERNS:
         if to_oniguruma(name) == text:
             return name
-    return text.replace(r"\z", "\0").replace(r"\Z", "$").replace("\0", r"\Z")
+    position, written = 0, ""
+    while position < len(text):
+        end = _atom_end(text, position)
+        atom = text[position:end]
+        written += _FROM_ANCHORS.get(atom, atom)
+        position = end
+    return written

@@ -15,6 +15,7 @@ out spaces) becomes pre-tokens of its own, so that nothing is ever lost:
 from __future__ import annotations
 
 import functools
+import re
 
 import regex
 
@@ -30,6 +31,24 @@ PATTERNS: dict[str, str] = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+
+# What the classes above hold of ASCII (`regex` counts U+001C to U+001F as no white space; the standard `re` does).
+_ASCII_CLASSES = {
+    r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\s": r"\t-\r ", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z",
+    r"\p{Lt}": "", r"\p{Lm}": "", r"\p{Lo}": "", r"\p{M}": "",
+}  # fmt: skip
+
+
+def _for_ascii(text: str) -> re.Pattern[str]:
+    """A named pattern for the standard library's `re`, which finds the same in ASCII text in half the time."""
+    pieces = regex.split(r"(\[[^\]]*\])", text)  # character classes stand at the odd places
+    for index, piece in enumerate(pieces):
+        inside = index % 2 == 1
+        for name, characters in _ASCII_CLASSES.items():
+            piece = piece.replace(name, characters if inside else f"[{characters}]")
+        pieces[index] = piece.replace(r"\S", r"[^\t-\r ]")
+    return re.compile("".join(pieces))
+
 
 # Places where each of the three patterns above cuts whatever stands further left or right, and where neither side
 # changes when the other is taken away: a letter before " letter", and a single line end between other characters.
@@ -52,10 +71,17 @@ class Pattern:
         local: one of the three named patterns, whose matches depend on nothing far away.
 
     Raises:
-        UserError: `regex` cannot compile it, or it is empty.
+        UserError: `regex` cannot compile it, it is empty, or a plain word that is none of the names.
     """
 
     def __init__(self, pattern: str) -> None:
+        if not isinstance(pattern, str):
+            raise UserError(f"pattern = {pattern!r}: name {', '.join(PATTERNS)} or give a regex pattern")
+        # A pattern that is one plain word would cut at that word only: certainly a misspelt name.
+        if pattern not in PATTERNS and regex.fullmatch(r"[A-Za-z][\w-]*", pattern):
+            raise UserError(
+                f"unknown pre-tokenisation pattern {pattern!r}; name {', '.join(PATTERNS)} or give a regex pattern"
+            )
         self.text = PATTERNS.get(pattern, pattern)
         self.name = next((name for name, text in PATTERNS.items() if text == self.text), self.text)
         self.local = self.name in PATTERNS
@@ -71,13 +97,17 @@ class Pattern:
                 f"of the regex library: {error}"
             ) from error
 
+    @functools.cached_property
+    def _ascii(self) -> re.Pattern[str]:
+        return _for_ascii(self.text)
+
     def __reduce__(self) -> tuple[type[Pattern], tuple[str]]:
         return (Pattern, (self.name,))
 
     def split(self, text: str) -> list[str]:
         """The pre-tokens of a whole text, in order; joined they are the text."""
         if self.local:
-            return self._compiled.findall(text)
+            return (self._ascii if text.isascii() else self._compiled).findall(text)
         return [piece for piece, _ in self._matches_and_gaps(text)]
 
     def _matches_and_gaps(self, text: str) -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from scratchlm.errors import UserError
 from scratchlm.tokenizer.patterns import Pattern
 
 # Text is looked at in blocks about this long (characters).
@@ -28,6 +29,27 @@ class Settled(NamedTuple):
 
     pieces: list[str]
     special: str | None
+
+
+def check_specials(special_tokens: Iterable[str]) -> tuple[str, ...]:
+    """Special tokens as a tuple.
+
+    Raises:
+        UserError: they are one str, or one of them is not a str, empty, named twice or not encodable.
+    """
+    if isinstance(special_tokens, str):
+        raise UserError(f"special_tokens = {special_tokens!r} is one string; give a list of strings")
+    specials = tuple(special_tokens)
+    for special in specials:
+        if not isinstance(special, str):
+            raise UserError(f"special token {special!r} is of type {type(special).__name__}, not a str")
+        if not special:
+            raise UserError("a special token is empty; every special token needs at least one character")
+        if any("\ud800" <= character <= "\udfff" for character in special):
+            raise UserError(f"special token {special!r} holds a lone surrogate, which UTF-8 cannot hold; rename it")
+        if specials.count(special) > 1:
+            raise UserError(f"special token {special!r} is named twice; remove one")
+    return specials
 
 
 class SpecialSplitter:
@@ -117,5 +139,7 @@ def settle(chunks: Iterable[str], pattern: Pattern, splitter: SpecialSplitter) -
     """Walk over `chunks` as one text, in memory that does not grow with it."""
     stream = TextStream(pattern, splitter)
     for chunk in chunks:
-        yield from stream.feed(chunk)
+        # A chunk may be a whole book: its pre-tokens must never all exist at once.
+        for start in range(0, len(chunk), BLOCK):
+            yield from stream.feed(chunk[start : start + BLOCK])
     yield from stream.finish()

@@ -20,13 +20,14 @@ import numpy as np
 from scratchlm.errors import UserError
 from scratchlm.tokenizer.encoder import WordCache
 from scratchlm.tokenizer.patterns import Pattern
-from scratchlm.tokenizer.stream import SpecialSplitter, settle
+from scratchlm.tokenizer.stream import SpecialSplitter, check_specials, settle
 from scratchlm.tokenizer.workers import Workers, cores
 
 Allowed = Literal["all"] | Iterable[str]
 
-# Long texts are encoded in parts about this long (characters), so that pre-tokens never all exist at once.
-_PART = 1 << 20
+# Long texts are encoded in parts about this long (characters): pre-tokens never all exist at once, and parts that are
+# ASCII take the faster road.
+_PART = 1 << 16
 # encode_batch: below this many characters in all, helper processes cost more than they save.
 _WORTH_HELPERS = 4 << 20
 
@@ -65,7 +66,7 @@ class Tokenizer:
     ) -> None:
         self._pattern = Pattern(pattern)
         self.vocab: dict[int, bytes] = dict(vocab)
-        self.merges: list[tuple[bytes, bytes]] = [(bytes(left), bytes(right)) for left, right in merges]
+        self.merges: list[tuple[bytes, bytes]] = [_pair_of_bytes(rank, merge) for rank, merge in enumerate(merges)]
         self.ignore_merges = bool(ignore_merges)
         ids = self._ids_by_bytes()
         self.special_tokens: dict[str, int] = self._place_specials(special_tokens, ids)
@@ -93,18 +94,10 @@ class Tokenizer:
     def _place_specials(
         self, special_tokens: Iterable[str] | dict[str, int] | None, ids: dict[bytes, int]
     ) -> dict[str, int]:
-        if isinstance(special_tokens, str):
-            raise UserError(f"special_tokens = {special_tokens!r} is one string; give a list of strings")
-        wanted: dict[str, int | None] = {}
-        for special in special_tokens or ():
-            if not isinstance(special, str) or not special:
-                raise UserError(f"special token {special!r}: a non-empty str is needed")
-            if special in wanted:
-                raise UserError(f"special token {special!r} is named twice; remove one")
-            wanted[special] = special_tokens[special] if isinstance(special_tokens, dict) else None
         placed: dict[str, int] = {}
-        for special, index in wanted.items():
-            raw = special.encode("utf-8", "surrogatepass")
+        for special in check_specials(special_tokens or ()):
+            index = special_tokens[special] if isinstance(special_tokens, dict) else None
+            raw = special.encode("utf-8")
             known = ids.get(raw)
             if index is None:
                 index = known if known is not None else len(self.vocab)
@@ -190,7 +183,7 @@ class Tokenizer:
         for left, right in self.merges:
             add(left, right)
         for special, index in sorted(self.special_tokens.items()):
-            add(special.encode("utf-8", "surrogatepass"), index.to_bytes(8, "little"))
+            add(special.encode("utf-8"), index.to_bytes(8, "little"))
         return digest.hexdigest()
 
     def token_bytes(self, id: int) -> bytes:
@@ -233,7 +226,8 @@ class Tokenizer:
         splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
         text = _checked(text)
         _refuse(forbidden, text)
-        return np.frombuffer(b"".join(self._packed(text, splitter)), dtype=self.dtype)
+        # A bytearray, so that the array may be written to (torch warns of tensors over read-only memory).
+        return np.frombuffer(bytearray().join(self._packed(text, splitter)), dtype=self.dtype)
 
     def _packed(self, text: str, splitter: SpecialSplitter) -> Iterator[bytes]:
         """Raw ids of a text, part by part."""
@@ -280,17 +274,21 @@ class Tokenizer:
     ) -> Iterator[int]:
         """Ids of the joined `chunks`, lazily; the same as ``encode("".join(chunks))`` wherever chunks end.
 
-        Memory holds a block of text and the longest pre-token, however long the text is. Patterns without a name that
+        Memory holds a block of text and the longest pre-token, however long the text is. (A pre-token, such as a run of
+        letters under gpt2, has no ids before its end is seen: its last byte can change its first merge.) Patterns without a name that
         look to their left or at the end of the text are held back until the next special token: see
         `scratchlm.tokenizer.stream`.
 
         Args:
             chunks: str of any lengths, e.g. an open text file.
             allowed_special, disallowed_special: as in :meth:`encode_array`; a disallowed one is found when reached.
+
+        Raises:
+            UserError: as in :meth:`encode_array`, or a chunk is not a str; when the iteration gets there.
         """
         splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
         look_up = self._cache.__getitem__
-        checked = _watched(map(_checked, chunks), forbidden)
+        checked = _watched(map(_checked_chunk, chunks), forbidden)
         for pieces, special in settle(checked, self._pattern, splitter):
             yield from np.frombuffer(b"".join(map(look_up, pieces)), dtype=self.dtype).tolist()
             if special is not None:
@@ -341,7 +339,10 @@ class Tokenizer:
         Raises:
             UserError: an id is not in the vocabulary; the message names it and its position.
         """
-        listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        listed = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(listed, Iterable):
+            raise UserError(f"cannot decode {ids!r}: give a list of ids, or an array or tensor of one dimension")
+        listed = list(listed)
         try:
             return b"".join(map(self.vocab.__getitem__, listed))
         except (KeyError, TypeError) as error:
@@ -388,6 +389,13 @@ class Tokenizer:
         return load_gpt2(vocab_json, merges_txt, special_tokens, pattern)
 
 
+def _pair_of_bytes(rank: int, merge: Any) -> tuple[bytes, bytes]:
+    match merge:
+        case (bytes() as left, bytes() as right):
+            return left, right
+    raise UserError(f"merge {rank} is {merge!r}; every merge must be a pair of bytes")
+
+
 class _BatchEncoder:
     """Handler of a helper process of :meth:`Tokenizer.encode_batch`."""
 
@@ -428,11 +436,18 @@ def _checked(text: str | bytes) -> str:
     raise UserError(f"cannot encode a {type(text).__name__}; give a str or UTF-8 bytes")
 
 
-def _refuse(forbidden: SpecialSplitter | None, text: str) -> None:
+def _checked_chunk(chunk: str) -> str:
+    # Bytes are refused: a character cut in two by the end of a chunk would come out as two.
+    if not isinstance(chunk, str):
+        raise UserError(f"encode_iterable got a chunk of type {type(chunk).__name__}; open files as text (UTF-8)")
+    return _checked(chunk)
+
+
+def _refuse(forbidden: SpecialSplitter | None, text: str, offset: int = 0) -> None:
     match = forbidden.search(text, 0) if forbidden else None
     if match:
         raise UserError(
-            f"the text holds the disallowed special token {match.group()!r} at character {match.start()}; "
+            f"the text holds the disallowed special token {match.group()!r} at character {offset + match.start()}; "
             f"allow it (allowed_special), or take it out of disallowed_special to encode it as ordinary text"
         )
 
@@ -440,8 +455,10 @@ def _refuse(forbidden: SpecialSplitter | None, text: str) -> None:
 def _watched(chunks: Iterable[str], forbidden: SpecialSplitter | None) -> Iterator[str]:
     """`chunks`, refusing disallowed special tokens, also those that straddle chunks."""
     tail = ""
+    seen = 0
     for chunk in chunks:
         if forbidden:
-            _refuse(forbidden, tail + chunk)
+            _refuse(forbidden, tail + chunk, seen - len(tail))
             tail = (tail + chunk)[-(forbidden.longest - 1) :] if forbidden.longest > 1 else ""
+        seen += len(chunk)
         yield chunk

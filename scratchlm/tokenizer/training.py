@@ -16,24 +16,12 @@ from scratchlm.progress import progress as progress_bar
 from scratchlm.tokenizer.counting import Source, count_words
 from scratchlm.tokenizer.merging import Pair, merge_words
 from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.stream import check_specials
 from scratchlm.tokenizer.tokenizer import Tokenizer
 
-# From this much work on (bytes of distinct words), compiling the fast merge loop pays.
-_WORTH_COMPILING = 150_000
-
-
-def _check_specials(special_tokens: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(special_tokens, str):
-        raise UserError(f"special_tokens = {special_tokens!r} is one string; give a list of strings")
-    specials = tuple(special_tokens)
-    for special in specials:
-        if not isinstance(special, str):
-            raise UserError(f"special token {special!r} is of type {type(special).__name__}, not a str")
-        if not special:
-            raise UserError("a special token is empty; every special token needs at least one character")
-        if specials.count(special) > 1:
-            raise UserError(f"special token {special!r} is named twice; remove one")
-    return specials
+# From this many bytes of distinct words on, the compiled merge loop is used. It is ten times as fast, but the first
+# call on a machine compiles for seconds; below, the plain loop is done within a second or two.
+_WORTH_COMPILING = 250_000
 
 
 def train_bpe(
@@ -68,7 +56,7 @@ def train_bpe(
             source cannot be read.
     """
     compiled = Pattern(pattern)
-    specials = _check_specials(special_tokens)
+    specials = check_specials(special_tokens)
     # A special token of one ASCII character is the same byte string as a byte: they share one id.
     added = [special for special in specials if len(special.encode("utf-8")) > 1]
     merges = vocab_size - 256 - len(added)
@@ -97,4 +85,9 @@ def train_bpe(
 def learn_merges(words: dict[bytes, int], merges: int, min_frequency: int = 1, show: bool = False) -> list[Pair]:
     """The merge loop: the plain one for small inputs, its compiled twin (equal output) for large ones."""
     with progress_bar(description="merge pairs", total=merges, unit="merge", show=show) as bar:
-        return merge_words(words, merges, min_frequency, lambda: bar.update(1))
+        if sum(map(len, words)) < _WORTH_COMPILING:
+            return merge_words(words, merges, min_frequency, bar.update)
+        # Imported here: Numba costs more to import than all the rest of this room.
+        from scratchlm.tokenizer.merging_fast import merge_words_fast
+
+        return merge_words_fast(words, merges, min_frequency, bar.update)

@@ -42,6 +42,7 @@ def serve() -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             kind, payload = pickle.load(requests)
+            answer: tuple[str, Any]
             try:
                 if kind == "start":
                     module, name, arguments = payload
@@ -119,7 +120,7 @@ class Workers:
         for helper in self._helpers:
             helper.close()
 
-    def map(self, jobs: Iterable[Any], done: Callable[[Any], None] = lambda job: None) -> list[Any]:
+    def map(self, jobs: Iterable[Any], done: Callable[[Any], object] = lambda job: None) -> list[Any]:
         """The handler's results, in the order of `jobs`, which are taken only as fast as they are worked on.
 
         `done` is called after each job, by one thread at a time.
