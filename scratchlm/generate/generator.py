@@ -88,7 +88,7 @@ class Generator:
                 special tokens, or a prompt with an id that the model does not have.
         """
         config = self._config(config, options)
-        encoded = [self._encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        encoded = list(map(self._encode, [prompts] if isinstance(prompts, str) else prompts))
         texts: list[list[int]] = [[] for _ in encoded]
         for step in self._tokens(encoded, config, self._stop_ids(config)):
             for row, token in step:
