@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from scratchlm.data import open_corpus, prepare
 from scratchlm.data.corpus import Corpus
 from scratchlm.data.tokens import TokenData
 from scratchlm.errors import UserError
-from scratchlm.files import atomic_directory, disk_errors, file_hash, read_json, stable_hash, write_json, write_text
+from scratchlm.files import atomic_directory, disk_errors, file_hash, read_json, stable_hash, write_json
 from scratchlm.model.config import ModelConfig
 from scratchlm.section import Section
 from scratchlm.tokenizer import Tokenizer, train_bpe
@@ -119,7 +117,9 @@ class Pipeline:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(f"another process is working in {self.folder}; wait for it or choose another --out") from error
+                raise UserError(
+                    f"another process is working in {self.folder}; wait for it or choose another --out"
+                ) from error
             yield
 
     def _keys(self) -> dict[str, str]:
@@ -352,13 +352,20 @@ class Pipeline:
     # --- what comes after training -------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _trained(self) -> tuple[Transformer, str]:
-        """The best checkpoint's model on the device, and a name for it."""
-        from scratchlm.interop.native import best_checkpoint, load
+    def _best(self) -> tuple[Path, str]:
+        """The best checkpoint's folder, and a name for what it holds."""
+        from scratchlm.interop.native import best_checkpoint
 
         checkpoint = best_checkpoint(self.folder)
-        model, _ = load(checkpoint.path)
-        return model.to(self.device), f"{self._train_key}/{checkpoint.path.name}"
+        return checkpoint.path, f"{self._keys().get('training')}/{checkpoint.path.name}"
+
+    @functools.cached_property
+    def _trained(self) -> Transformer:
+        """The best checkpoint's model on the device."""
+        from scratchlm.interop.native import load
+
+        model, _ = load(self._best[0])
+        return model.to(self.device)
 
     def evaluate(self) -> Evaluation:
         """Loss, perplexity and bits per byte of the best checkpoint on the held-out text, beside gzip and xz."""
@@ -367,8 +374,7 @@ class Pipeline:
         from scratchlm.evaluate.metrics import Evaluation
 
         data, started = self.data, time.perf_counter()
-        model, name = self._trained
-        key = stable_hash({"model": name, "evaluate": plain(self.recipe.evaluate)})
+        key = stable_hash({"model": self._best[1], "evaluate": plain(self.recipe.evaluate)})
         path = self.folder / "evaluation.json"
         if self._keys().get("evaluate") == key and path.exists():
             result = Evaluation.load(path)
@@ -381,7 +387,7 @@ class Pipeline:
                 self.corpus.bytes_of("validation"), total=held_out.bytes, show=self.show_progress
             )
         result = evaluate_tokens(
-            model, held_out, self.recipe.evaluate, compressors=compressors, show_progress=self.show_progress
+            self._trained, held_out, self.recipe.evaluate, compressors=compressors, show_progress=self.show_progress
         )
         result.save(path)
         self._finish("evaluate", key, "built", started, f"{result.bits_per_byte:.4f} bits per byte")
@@ -393,14 +399,13 @@ class Pipeline:
         from scratchlm.generate import Generator
 
         started = time.perf_counter()
-        model, name = self._trained
-        key = stable_hash({"model": name, "generate": plain(self.recipe.generate)})
+        key = stable_hash({"model": self._best[1], "generate": plain(self.recipe.generate)})
         path = self.folder / "samples.txt"
         if self._keys().get("sample") == key and path.exists():
             self._finish("sample", None, "skipped", started)
-            return [(sample.prompt, sample.text) for sample in read_samples(path)]
+            return [(prompt, continuation) for prompt, continuation in read_samples(path)]
         config = self.recipe.generate
-        texts = Generator(model, self.tokenizer).generate(
+        texts = Generator(self._trained, self.tokenizer).generate(
             config.prompts,
             max_tokens=config.max_tokens,
             temperature=config.temperature,
@@ -415,27 +420,40 @@ class Pipeline:
         return samples
 
     def report(self) -> Path:
-        """loss.png and report.html; quick, so made anew every time."""
+        """loss.png and report.html."""
         from scratchlm.evaluate.plots import plot_loss
         from scratchlm.evaluate.report import write_report
 
         started = time.perf_counter()
+        shown = ("metrics.jsonl", "evaluation.json", "samples.txt", "recipe.toml", "environment.json")
+        key = stable_hash({name: file_hash(self.folder / name) for name in shown if (self.folder / name).exists()})
+        page, picture = self.folder / "report.html", self.folder / "loss.png"
+        if self._keys().get("report") == key and page.exists() and picture.exists():
+            self._finish("report", None, "skipped", started)
+            return page
         path = self.folder / "evaluation.json"
         compressors = read_json(path, "evaluation")["compressors"] if path.exists() else {}
         yardsticks = {name: result["bits_per_byte"] for name, result in compressors.items()}
-        plot_loss(self.folder / "metrics.jsonl", self.folder / "loss.png", yardsticks=yardsticks)
+        plot_loss(self.folder / "metrics.jsonl", picture, yardsticks=yardsticks)
         page = write_report(self.folder)
-        self._finish("report", None, "built", started)
+        self._finish("report", key, "built", started)
         return page
 
     def run(self, until: str = "report") -> None:
-        """All steps up to and including `until`."""
+        """All steps up to and including `until`, each if it is not up to date."""
         with self._only_one():
             save_recipe(self.recipe, self.folder / "recipe.toml")
             for step in STEPS[: STEPS.index(until) + 1]:
-                attribute = getattr(self, step)
-                if callable(attribute) and step not in ("tokenizer", "data"):
-                    attribute()
+                self._do(step)
+
+    def run_only(self, step: str) -> Any:
+        """One step, and of those before it what it reads; the run's recipe.toml stays as it is."""
+        with self._only_one():
+            return self._do(step)
+
+    def _do(self, step: str) -> Any:
+        result = getattr(self, step)  # the tokenizer and the data are made by asking for them
+        return result() if step not in ("tokenizer", "data") else result
 
 
 def move_aside(folder: Path) -> Path | None:

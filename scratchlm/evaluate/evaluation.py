@@ -1,23 +1,56 @@
-"""One evaluation of a model on tokens: the figures, made from windows."""
+"""One evaluation of a model: text to tokens, tokens to windows, windows to figures."""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from scratchlm.config import EvaluateConfig
+from scratchlm.data.corpus import Corpus
 from scratchlm.data.loader import evaluation_windows
 from scratchlm.data.tokens import Tokens
+from scratchlm.errors import UserError
 from scratchlm.evaluate.compressors import CompressorResult
 from scratchlm.evaluate.metrics import Evaluation, evaluate_loss
 from scratchlm.model.transformer import Transformer
 from scratchlm.progress import progress
+from scratchlm.tokenizer import Tokenizer
 from scratchlm.train.precision import choose_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+@contextlib.contextmanager
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, show_progress: bool = True) -> Iterator[Tokens]:
+    """The tokens of all documents of a corpus that holds nothing out, for as long as the context lasts.
+
+    They lie in a temporary file, as a corpus may be larger than memory.
+
+    Raises:
+        UserError: the corpus is empty or cannot be read, or the tokenizer has no special token to end documents with.
+    """
+    if not tokenizer.special_tokens:
+        raise UserError("the tokenizer has no special token to end documents with; add one, such as <|endoftext|>")
+    separator = next(iter(tokenizer.special_tokens.values()))
+    documents = text_bytes = 0
+    with tempfile.TemporaryFile() as file:
+        with progress(description="tokenise", total=corpus.total_bytes(), bytes_=True, show=show_progress) as bar:
+            for document in corpus.documents("train"):
+                ids = tokenizer.encode_array(document.text, allowed_special=())
+                file.write(ids.tobytes() + np.array([separator], ids.dtype).tobytes())
+                size = len(document.text.encode("utf-8"))
+                documents, text_bytes = documents + 1, text_bytes + size
+                bar.update(size)
+        file.flush()
+        array = np.memmap(file, dtype=tokenizer.dtype, mode="r")
+        yield Tokens([array], separator_id=separator, documents=documents, bytes=text_bytes)
 
 
 def evaluate_tokens(

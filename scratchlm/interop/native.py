@@ -38,7 +38,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[Transformer, Tokenizer | None]
     checkpoint = best_checkpoint(folder)
     raw = read_json(checkpoint.path / "config.json", "model config")
     if "model_type" in raw:
-        raise UserError(f"{checkpoint.path} is a Hugging Face folder; this version reads scratchlm's own checkpoints only")
+        raise UserError(
+            f"{checkpoint.path} is a Hugging Face folder; this version reads scratchlm's own checkpoints only"
+        )
     model = Transformer(checkpoint.config())
     load_weights(model, checkpoint)
     path = checkpoint.path / "tokenizer.json"

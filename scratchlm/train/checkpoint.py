@@ -47,7 +47,9 @@ class Checkpoint:
 
     def config(self) -> ModelConfig:
         """The architecture of the saved weights."""
-        return validate(ModelConfig, read_json(self.path / "config.json", "model config"), str(self.path / "config.json"))
+        return validate(
+            ModelConfig, read_json(self.path / "config.json", "model config"), str(self.path / "config.json")
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter name → tensor."""
@@ -64,7 +66,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; the checkpoint is incomplete, use another one") from error
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); the file is cut off or damaged, use another one") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); the file is cut off or damaged, use another one"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -153,7 +157,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written."""
+    """Delete what a killed process left half-written or half-deleted."""
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith(".step-"):
@@ -164,7 +168,11 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Keep the `keep` newest checkpoints and the best one."""
     for checkpoint in checkpoints(folder)[:-keep]:
         if checkpoint.step != best_step:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            doomed = (
+                folder / f".{checkpoint.path.name}.removed"
+            )  # so that half of it is never taken for a checkpoint
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from scratchlm.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from scratchlm.train.loss import Batch, NextTokenLoss
+from scratchlm.train.loss import Batch
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
 
@@ -46,12 +46,22 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Loss(Protocol):
+    """A task's objective: summed over a batch's targets, in nats; it may run its model through torch.compile."""
+
+    compiled: bool
+
+    def __call__(self, batch: Any) -> Tensor: ...
+    def compile(self) -> None: ...
+    def eager(self) -> None: ...
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the checkpoint is written."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.number = number
+        self.signal_number = signal_number
 
 
 @dataclass
@@ -92,7 +102,7 @@ class Trainer:
     """
 
     model: Transformer
-    loss: NextTokenLoss
+    loss: Loss
     loader: Loader
     config: TrainConfig
     optim: OptimConfig
@@ -190,8 +200,9 @@ class Trainer:
                 loss, norm, tokens = self._step()
                 state.step += 1
                 state.tokens += tokens
-                state.loss_sum += loss
-                state.loss_steps += 1
+                if math.isfinite(loss):  # a skipped step is an event in the metrics, not a part of the mean
+                    state.loss_sum += loss
+                    state.loss_steps += 1
                 self._update_bar(bar, loss)
                 last = state.step == config.steps
                 if last or state.step % config.log_interval == 0:
@@ -199,9 +210,7 @@ class Trainer:
                 improved = False
                 if last or state.step % config.eval_interval == 0:
                     improved = self._evaluate()
-                if last or improved or state.step % config.checkpoint_interval == 0:
-                    self._save()
-                elif self._signal is not None:
+                if last or improved or self._signal is not None or state.step % config.checkpoint_interval == 0:
                     self._save()
                 if self._signal is not None and not last:
                     name = signal.Signals(self._signal).name
@@ -293,6 +302,8 @@ class Trainer:
 
     def _log(self, norm: float) -> None:
         state = self.state
+        if not state.loss_steps:  # all steps since the last line were skipped
+            return
         now = time.perf_counter()
         since, tokens = self._interval
         self._record(
@@ -352,7 +363,8 @@ def _split(batch: Any, parts: int) -> list[Any]:
         return [batch]
     names = ("inputs", "targets", "positions", "documents")
     pieces = {
-        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).chunk(parts) for name in names
+        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).chunk(parts)
+        for name in names
     }
     return [type(batch)(**{name: pieces[name][i] for name in names}) for i in range(parts)]
 

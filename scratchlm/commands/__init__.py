@@ -1,0 +1,1 @@
+"""The commands of the command line; each function takes the arguments after its name."""

@@ -1,0 +1,58 @@
+"""What several commands need."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic import Field
+from tqdm import tqdm
+
+from scratchlm.config import CorpusConfig
+from scratchlm.errors import UserError
+
+DEVICE = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n].")
+
+
+def say(message: str) -> None:
+    """One line on standard output, above a progress bar if one is on the screen."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def write(text: str) -> None:
+    """Text on standard output as UTF-8, whatever the terminal's encoding, at once."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+    sys.stdout.buffer.flush()
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Nothing is replaced unasked.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is False.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --out, or --overwrite True")
+
+
+def corpus_of_files(files: list[str]) -> CorpusConfig:
+    """All documents of text, JSON-lines or parquet files (which, their names say); none: the embedded corpus.
+
+    Raises:
+        UserError: files of several kinds.
+    """
+    if not files:
+        return CorpusConfig(kind="python-stdlib", validation_fraction=0.0)
+
+    def kind_of(name: str) -> str:
+        if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            return "jsonl"
+        return "parquet" if name.endswith(".parquet") else "text"
+
+    kinds = {kind_of(name): name for name in files}
+    if len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
+        raise UserError(f"{first} and {second} are of different kinds; name files of one kind at a time")
+    return CorpusConfig(kind=next(iter(kinds)), paths=files, validation_fraction=0.0)

@@ -1,0 +1,125 @@
+"""``scratchlm evaluate`` and ``generate``: what can be done with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scratchlm.allocator import keep_freed_memory
+from scratchlm.arguments import parse
+from scratchlm.commands.recipes import print_table
+from scratchlm.commands.shared import DEVICE, corpus_of_files, say, write
+from scratchlm.config import EvaluateConfig, GenerateConfig, Recipe, load_recipe
+from scratchlm.errors import UserError
+from scratchlm.section import Section
+
+if TYPE_CHECKING:
+    from scratchlm.evaluate.metrics import Evaluation
+
+
+class EvaluateArguments(EvaluateConfig):
+    """Evaluate a trained model."""
+
+    device: str = DEVICE
+
+
+def _saved_recipe(run_folder: Path) -> Recipe | None:
+    path = run_folder / "recipe.toml"
+    return load_recipe(path) if path.exists() else None
+
+
+def _run_and_files(arguments: list[str], usage: str) -> tuple[Path, list[str], list[str]]:
+    """Split ``RUN [FILE …] [--option …]``."""
+    if not arguments:
+        raise UserError(f"which run? usage: {usage}")
+    first_option = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    if first_option == 0:
+        raise UserError(f"name the run's folder first: {usage}")
+    positional, rest = arguments[:first_option], arguments[first_option:]
+    return Path(positional[0]), positional[1:], rest
+
+
+def _section_of(kind: type[Section], section: Section) -> Any:
+    return kind(**{name: getattr(section, name) for name in type(section).model_fields})
+
+
+def evaluate(arguments: list[str]) -> None:
+    """``scratchlm evaluate RUN [FILE …]``: the figures of the best checkpoint on held-out text, or on files."""
+    usage = "scratchlm evaluate RUN [FILE …] [--option value …]"
+    if arguments[:1] in (["-h"], ["--help"]):
+        parse(EvaluateArguments, ["--help"], prog=usage)
+    folder, files, rest = _run_and_files(arguments, usage)
+    recipe = _saved_recipe(folder)
+    default = _section_of(EvaluateArguments, recipe.evaluate if recipe else EvaluateConfig())
+    options = parse(EvaluateArguments, rest, prog=usage, default=default)
+    keep_freed_memory()
+    if not files:
+        from scratchlm.interop.native import best_checkpoint
+        from scratchlm.pipeline import Pipeline
+
+        best_checkpoint(folder)  # says what is wrong with a folder that holds no trained model
+        if recipe is None:
+            raise UserError(f"{folder} is no run with a recipe.toml; name the files to evaluate on: {usage}")
+        config = EvaluateConfig(**{name: getattr(options, name) for name in EvaluateConfig.model_fields})
+        pipeline = Pipeline(
+            recipe.model_copy(update={"out": folder, "evaluate": config, "device": options.device}), say=say
+        )
+        print_table(pipeline.run_only("evaluate"))
+        return
+    print_table(_evaluate_files(folder, files, options))
+
+
+def _evaluate_files(folder: Path, files: list[str], options: EvaluateArguments) -> Evaluation:
+    from scratchlm.data import open_corpus
+    from scratchlm.evaluate.compressors import compressed_sizes
+    from scratchlm.evaluate.evaluation import evaluate_tokens, tokenise
+    from scratchlm.interop.native import load
+    from scratchlm.train.precision import choose_device
+
+    model, tokenizer = load(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder} holds no tokenizer.json, which is needed to read text")
+    corpus = open_corpus(corpus_of_files(files))
+    with tokenise(corpus, tokenizer) as tokens:
+        sizes = compressed_sizes(corpus.bytes_of("train"), total=tokens.bytes) if options.compressors else None
+        return evaluate_tokens(model.to(choose_device(options.device)), tokens, options, compressors=sizes)
+
+
+class GenerateArguments(GenerateConfig):
+    """Continue texts with a trained model: one prompt streams as it is written, several are written as a batch."""
+
+    device: str = DEVICE
+
+
+def generate(arguments: list[str]) -> None:
+    """``scratchlm generate RUN --prompts TEXT …``"""
+    usage = "scratchlm generate RUN [--option value …]"
+    if arguments[:1] in (["-h"], ["--help"]):
+        parse(GenerateArguments, ["--help"], prog=usage)
+    folder, files, rest = _run_and_files(arguments, usage)
+    if files:
+        raise UserError(f"unexpected argument {files[0]!r}; a prompt is given as --prompts {files[0]!r}")
+    recipe = _saved_recipe(folder)
+    default = _section_of(GenerateArguments, recipe.generate if recipe else GenerateConfig())
+    options = parse(GenerateArguments, rest, prog=usage, default=default)
+    if not options.prompts:
+        raise UserError("generate.prompts is empty; give at least one text: --prompts 'def '")
+    keep_freed_memory()
+    from scratchlm.generate import Generator
+    from scratchlm.interop.native import load
+    from scratchlm.train.precision import choose_device
+
+    model, tokenizer = load(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder} holds no tokenizer.json, which is needed to read a prompt")
+    generator = Generator(model.to(choose_device(options.device)), tokenizer)
+    config = GenerateConfig(**{name: getattr(options, name) for name in GenerateConfig.model_fields})
+    if len(config.prompts) == 1:
+        pieces = generator.stream(config.prompts[0], config)
+        write(config.prompts[0])
+        for piece in pieces:
+            write(piece)
+        write("\n")
+        return
+    for prompt, text in zip(config.prompts, generator.generate(config.prompts, config), strict=True):
+        write(f"{prompt}{text}\n\n")
