@@ -38,7 +38,7 @@ def reference_attention(q: Queries, k: Keys, v: Keys, mask: Mask | None = None) 
         groups = 1 if heads_of_mask == 1 else heads_of_mask // kv_heads
         allowed = rearrange(mask, "... (h g) q k -> ... h g q k", g=groups)
     scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = softmax(scores.float() if scores.dtype != torch.float64 else scores).to(v.dtype)
+    weights = softmax(scores.to(torch.promote_types(scores.dtype, torch.float32))).to(v.dtype)
     mixed = einsum(weights, v, "... h g q k, ... h k d -> ... h g q d")
     return rearrange(mixed, "... h g q d -> ... (h g) q d")
 
@@ -79,11 +79,12 @@ def blocked_causal_attention(
         group = q.shape[-3] // k.shape[-3]
         k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
     scale = 1.0 / math.sqrt(q.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)
     triangle = _causal(min(block, length), min(block, length), q.device)
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        scores = (q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)).float() * scale
+        scores = (q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)).to(wide) * scale
         allowed = F.pad(triangle[: end - start, : end - start], (start, 0), value=True)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).to(v.dtype)
         outputs.append(weights @ v[..., :end, :])

@@ -26,10 +26,10 @@ def cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, " ...
     The maximum is subtracted before exp, so that no logit is too large; half precision is widened to fp32 first.
     """
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    highest = wide.amax(dim=-1, keepdim=True).detach()
-    log_total = (wide - highest).exp().sum(dim=-1).log() + highest.squeeze(-1)
+    shifted = wide - wide.amax(dim=-1, keepdim=True).detach()
+    log_total = shifted.exp().sum(dim=-1).log()
     ignored = targets == IGNORE_INDEX
-    chosen = wide.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    chosen = shifted.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     return (log_total - chosen).masked_fill(ignored, 0.0)
 
 
@@ -45,12 +45,12 @@ def _loss_and_gradient(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows vocab"]]:
     """Summed loss of a block of rows, and its gradient softmax(logits) − onehot(target), in the logits' dtype."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    highest = wide.amax(dim=-1, keepdim=True)
-    exponentials = (wide - highest).exp()
+    shifted = wide - wide.amax(dim=-1, keepdim=True)
+    exponentials = shifted.exp()
     total = exponentials.sum(dim=-1, keepdim=True)
     ignored = (targets == IGNORE_INDEX).unsqueeze(-1)
     safe = targets.unsqueeze(-1).masked_fill(ignored, 0)
-    losses = total.log() + highest - wide.gather(-1, safe)
+    losses = total.log() - shifted.gather(-1, safe)
     columns = torch.arange(logits.shape[-1], device=logits.device)
     gradient = exponentials / total - (columns == safe).to(wide.dtype)
     return losses.masked_fill(ignored, 0.0).sum(), gradient.masked_fill(ignored, 0.0).to(logits.dtype)
@@ -63,12 +63,13 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Te
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, compiled: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, compiled: bool, wants_gradient: bool
+    ) -> Tensor:
         kernel = _compiled_loss_and_gradient() if compiled else _loss_and_gradient
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         ctx.dtypes = (x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
-        wants_gradient = any(ctx.needs_input_grad)
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         total = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if wants_gradient else None
@@ -86,11 +87,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         d_x, d_weight = ctx.saved_tensors
         (upstream,) = grad_outputs
         x_dtype, weight_dtype = ctx.dtypes
-        return (d_x * upstream).to(x_dtype), (d_weight * upstream).to(weight_dtype), None, None, None
+        return (d_x * upstream).to(x_dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None
 
 
 def chunked_linear_cross_entropy(
@@ -115,5 +116,9 @@ def chunked_linear_cross_entropy(
         compiled: run the pointwise part through torch.compile.
     """
     flat = x.reshape(-1, x.shape[-1])
-    result: Tensor = _ChunkedLinearCrossEntropy.apply(flat, weight, targets.reshape(-1), rows, compiled)
+    # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    result: Tensor = _ChunkedLinearCrossEntropy.apply(
+        flat, weight, targets.reshape(-1), rows, compiled, wants_gradient
+    )
     return result
