@@ -53,7 +53,7 @@ class Encoder:
     """Documents to ids. Text that looks like a special token is ordinary text: a corpus cannot forge a separator."""
 
     def __init__(self, tokenizer: Tokenizer, separator_id: int, dtype: str) -> None:
-        self.tokenizer = without_specials(tokenizer)
+        self.tokenizer = tokenizer
         self.separator_id = separator_id
         self.dtype = dtype
 
@@ -63,18 +63,11 @@ class Encoder:
         parts = []
         counts = np.empty(len(documents), dtype=np.int64)
         for index, document in enumerate(documents):
-            ids = self.tokenizer.encode_array(document)
+            ids = self.tokenizer.encode_array(document, allowed_special=())
             parts += [ids.astype(dtype, copy=False), separator]
             counts[index] = len(ids) + 1
         sizes = np.array([len(document) for document in documents], dtype=np.int64)
         return Encoded(np.concatenate(parts), counts, sizes)
-
-
-def without_specials(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, to which ``<|endoftext|>`` in a text is thirteen characters and no special token."""
-    if not tokenizer.special_tokens:
-        return tokenizer
-    return type(tokenizer)(tokenizer.vocab, tokenizer.merges, special_tokens=None, pattern=tokenizer.pattern)
 
 
 def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) -> Generator[Encoded, None, None]:

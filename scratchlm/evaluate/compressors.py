@@ -26,7 +26,7 @@ _BLOCK = 1 << 20  # small documents are joined to blocks of this many bytes: cal
 class CompressorResult(Section):
     """What one compressor made of the text."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
 
     bytes: int
     """Size of the compressed file, header and checksum included."""

@@ -164,7 +164,7 @@ class Evaluation(Section):
     Non-finite figures are written as the strings ``"NaN"`` and ``"Infinity"``, so that the file is plain JSON.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
 
     loss: float
     """Nats per token."""

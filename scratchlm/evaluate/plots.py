@@ -77,12 +77,12 @@ def bits_per_byte_per_nat(records: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _limits(curves: Sequence[tuple[np.ndarray, np.ndarray]], lines: Sequence[float]) -> tuple[float, float] | None:
-    """Where to look: the curves without their steep first 4 %, and the yardsticks. None where there is nothing.
+    """Where to look: the curves without their steep first 8 %, and the yardsticks. None where there is nothing.
 
     With the beginning in view, the part in which runs differ would be a flat line at the bottom.
     """
     end = max((float(x[-1]) for x, _ in curves if len(x)), default=0.0)
-    late = [y[x >= 0.04 * end] if len(y) > 1 else y for x, y in curves]
+    late = [y[x >= 0.08 * end] if len(y) > 1 else y for x, y in curves]
     shown = np.concatenate([*late, np.asarray(lines, dtype=np.float64)])
     if not len(shown):
         return None

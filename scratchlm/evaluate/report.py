@@ -22,6 +22,7 @@ from scratchlm.evaluate.samples import read_samples
 from scratchlm.files import read_json, write_text
 from scratchlm.train.metrics import read_metrics
 
+_PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _MOST_ROWS = 40  # of the table of evaluations; the rest is in metrics.jsonl
 
 
@@ -63,11 +64,12 @@ def amount(value: Any) -> str:
     number = _number(value)
     if number is None or math.isinf(number):
         return "—"
-    for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(number) >= size:
-            scaled = number / (1e3 if prefix == "k" else size)
-            return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f}\u00a0{prefix}"
-    return f"{number:,.0f}"
+    if abs(number) < 1e4:
+        return f"{number:,.0f}"
+    number = float(f"{number:.3g}")  # first, or 999,999 would become 1000 k
+    size, prefix = next((size, prefix) for size, prefix in _PREFIXES if abs(number) >= size)
+    scaled = number / size
+    return f"{scaled:,.{max(0, 2 - int(math.log10(abs(scaled))))}f}\u00a0{prefix}"
 
 
 def _load(folder: Path, name: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from scratchlm.errors import UserError
@@ -10,9 +12,9 @@ from scratchlm.errors import UserError
 class ByteTokenizer:
     vocab_size = 257
     content_hash = "bytes"
-    special_tokens: dict[str, int] = {}  # noqa: RUF012
+    special_tokens: ClassVar[dict[str, int]] = {}
 
-    def encode_array(self, data):
+    def encode_array(self, data, allowed_special=()):
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
 
@@ -22,29 +24,29 @@ class FailingTokenizer(ByteTokenizer):
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error if error is not None else UserError("the document is poisonous")
 
-    def encode_array(self, data):
+    def encode_array(self, data, allowed_special=()):
         if b"poison" in data:
             raise self.error
-        return super().encode_array(data)
+        return super().encode_array(data, allowed_special)
 
 
 class DyingTokenizer(ByteTokenizer):
     """Ends its process at a document that contains ``poison``, as the kernel does when memory runs out."""
 
-    def encode_array(self, data):
+    def encode_array(self, data, allowed_special=()):
         if b"poison" in data:
             import os
             import signal
 
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode_array(data)
+        return super().encode_array(data, allowed_special)
 
 
 class SlowTokenizer(ByteTokenizer):
     """Takes its time, so that a test can kill the process in the middle."""
 
-    def encode_array(self, data):
+    def encode_array(self, data, allowed_special=()):
         import time
 
         time.sleep(0.01)
-        return super().encode_array(data)
+        return super().encode_array(data, allowed_special)

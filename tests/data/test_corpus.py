@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import itertools
 import json
 import os
 import re
@@ -34,10 +36,8 @@ def both(config: CorpusConfig) -> list[str]:
     """The texts of both splits; a split may be empty."""
     found = []
     for split in ("train", "validation"):
-        try:
+        with contextlib.suppress(UserError):
             found += texts(config, split)
-        except UserError:
-            pass
     return found
 
 
@@ -57,7 +57,7 @@ def text_config(path: Path, **fields) -> CorpusConfig:
 def test_splitting_in_blocks_is_str_split(text, separator, cuts):
     data = text.replace("|>", "|endoftext|>").encode() if len(separator) > 4 else text.encode()
     places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    blocks = [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    blocks = [data[a:b] for a, b in itertools.pairwise(places)]
     pieces = list(split_blocks(blocks, separator.encode()))
     assert [piece.decode() for _, piece in pieces] == data.decode().split(separator)
     for offset, piece in pieces:
@@ -138,7 +138,13 @@ def jsonl_config(path: Path, **fields) -> CorpusConfig:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_jsonl(tmp_path, suffix):
-    rows = [{"text": "one\nline"}, {"id": 3, "text": "zw\u00f6lf \U0001f600"}, {"text": ""}, {"text": None}, {"text": "end"}]
+    rows = [
+        {"text": "one\nline"},
+        {"id": 3, "text": "zw\u00f6lf \U0001f600"},
+        {"text": ""},
+        {"text": None},
+        {"text": "end"},
+    ]
     lines = "\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n"  # also a BOM and a blank line
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     path = tmp_path / f"a.jsonl{suffix}"
@@ -183,7 +189,12 @@ def test_parquet(tmp_path):
     rows[7] = ""
     rows[8] = None
     expected = [row for row in rows if row]
-    for kind in (arrow.string(), arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string()), arrow.binary()):
+    for kind in (
+        arrow.string(),
+        arrow.large_string(),
+        arrow.dictionary(arrow.int32(), arrow.string()),
+        arrow.binary(),
+    ):
         column = arrow.array([row.encode() if row and kind == arrow.binary() else row for row in rows])
         table = arrow.table({"id": list(range(5000)), "body": column.cast(kind)})
         path = tmp_path / "a.parquet"
@@ -308,7 +319,9 @@ def test_held_out_share_is_a_partition_of_the_wanted_size(tmp_path):
 
 def test_is_held_out_does_not_change_between_versions():
     # Written down once: another hash would silently train on what was held out before.
-    held_out = [name for name in ("a", "b", "json/decoder.py", "x.txt#0", "x.txt#1", "\u00e9") if is_held_out(name, 0.5)]
+    held_out = [
+        name for name in ("a", "b", "json/decoder.py", "x.txt#0", "x.txt#1", "\u00e9") if is_held_out(name, 0.5)
+    ]
     assert held_out == ["a", "json/decoder.py", "x.txt#0"]
     assert not is_held_out("a", 0.0)
     assert is_held_out("a", 1.0)
@@ -317,7 +330,9 @@ def test_is_held_out_does_not_change_between_versions():
 def test_validation_paths_are_held_out_even_if_a_glob_finds_them_too(tmp_path):
     for name in ("train1", "train2", "valid"):
         (tmp_path / f"{name}.txt").write_text(f"{name} a{SEPARATOR}{name} b")
-    config = text_config(tmp_path / "*.txt", validation_paths=[str(tmp_path / "valid.txt")], validation_fraction=0.5)
+    config = text_config(
+        tmp_path / "*.txt", validation_paths=[str(tmp_path / "valid.txt")], validation_fraction=0.5
+    )
     assert texts(config) == ["train1 a", "train1 b", "train2 a", "train2 b"]
     assert texts(config, "validation") == ["valid a", "valid b"]
 
@@ -363,13 +378,18 @@ def test_fingerprint_follows_content_names_and_settings_that_matter(tmp_path):
         ({"paths": ["{}/none.txt"]}, r"corpus.paths: file .*none.txt does not exist"),
         ({"paths": ["{}/*.csv"]}, r"corpus.paths: no file matches .*\*.csv"),
         ({"paths": ["{}"]}, "is a folder; name its files"),
-        ({"paths": ["{}/a.txt"], "validation_paths": ["{}/v.txt"]}, "corpus.validation_paths: file .* does not exist"),
+        (
+            {"paths": ["{}/a.txt"], "validation_paths": ["{}/v.txt"]},
+            "corpus.validation_paths: file .* does not exist",
+        ),
         ({"paths": ["{}/a.txt"], "validation_paths": ["{}/a.txt"]}, "nothing is left to train on"),
     ],
 )
 def test_wrong_paths(tmp_path, fields, message):
     (tmp_path / "a.txt").write_text("text")
-    filled = {name: [pattern.replace("{}", str(tmp_path)) for pattern in patterns] for name, patterns in fields.items()}
+    filled = {
+        name: [pattern.replace("{}", str(tmp_path)) for pattern in patterns] for name, patterns in fields.items()
+    }
     with pytest.raises(UserError, match=message):
         open_corpus(CorpusConfig(kind="text", **filled))
 
@@ -383,7 +403,9 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path):
 def test_empty_splits_say_what_to_do(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one document")
-    with pytest.raises(UserError, match=r"no validation documents; raise corpus.validation_fraction .* corpus.validation_paths"):
+    with pytest.raises(
+        UserError, match=r"no validation documents; raise corpus.validation_fraction .* corpus.validation_paths"
+    ):
         texts(text_config(path), "validation")
     path.write_text(SEPARATOR * 3)
     with pytest.raises(UserError, match="the corpus is empty"):

@@ -42,7 +42,9 @@ def equal(one, two) -> bool:
     def same(a, b):
         return (a is None and b is None) or torch.equal(a, b)
 
-    return all(same(getattr(one, name), getattr(two, name)) for name in ("inputs", "targets", "positions", "documents"))
+    return all(
+        same(getattr(one, name), getattr(two, name)) for name in ("inputs", "targets", "positions", "documents")
+    )
 
 
 # Reading
@@ -64,7 +66,11 @@ def test_reading_across_shards(length, shard, data):
     windows = tokens.windows(starts, width)
     assert windows.dtype == np.int64
     assert windows.tolist() == [array[start : start + width].tolist() for start in starts]
-    for bad in (lambda: tokens.read(0, length + 1), lambda: tokens.read(-1, 0), lambda: tokens.windows([length], 1)):
+    for bad in (
+        lambda: tokens.read(0, length + 1),
+        lambda: tokens.read(-1, 0),
+        lambda: tokens.windows([length], 1),
+    ):
         with pytest.raises(IndexError):
             bad()
 
@@ -175,7 +181,9 @@ def test_epochs_are_shuffled_anew_and_by_the_seed():
 def test_resuming_anywhere_equals_going_on(length, batch, context, before, kind, prefetch):
     def make():
         if kind is RandomLoader and length == context:
-            return RandomLoader(stream(length + 1), batch, context, seed=7, separator_id=0, document_boundaries=True)
+            return RandomLoader(
+                stream(length + 1), batch, context, seed=7, separator_id=0, document_boundaries=True
+            )
         return kind(stream(length), batch, context, seed=7, separator_id=0, document_boundaries=True)
 
     going_on = make()

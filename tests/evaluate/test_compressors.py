@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import lzma
 import math
 import random
@@ -55,7 +56,7 @@ def test_pieces_do_not_matter(cuts: list[int], block: int) -> None:
     text = random.Random(0).choices([b"the ", b"cat ", b"sat ", b"\n", b"on a mat "], k=15_000)
     data = b"".join(text)[:60_000]
     edges = [0, *sorted(cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressors, "_BLOCK", block)
         assert b"".join(compressors._blocks(pieces)) == data

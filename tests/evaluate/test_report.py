@@ -94,7 +94,7 @@ def run_folder(folder: Path) -> Path:
                 "memory_bytes": 3 << 30,
                 "parameters": 14_500_000,
             }
-        )  # fmt: skip
+        )
     )
     return folder
 

@@ -131,7 +131,7 @@ def test_wandb_that_does_not_start_is_one_line(offline: Path, monkeypatch: pytes
         Trackers(["wandb"], folder=offline)
 
 
-def read_tensorboard(folder: Path):  # noqa: ANN201
+def read_tensorboard(folder: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={accumulator.SCALARS: 0})
     return events.Reload()
