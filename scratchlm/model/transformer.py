@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -50,8 +52,14 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "... length"] | None = None,
         documents: Int[Tensor, "... length"] | None = None,
         cache: Cache | None = None,
+        body: Callable[[Tensor, Context], Tensor] | None = None,
     ) -> Float[Tensor, "... length d_model"]:
-        """Everything but the head: what the chunked loss multiplies by the head's weight itself."""
+        """Everything but the head: what the chunked loss multiplies by the head's weight itself.
+
+        Args:
+            ids, positions, documents, cache: as in :meth:`forward`.
+            body: what runs the blocks, such as a compiled :meth:`body`; None: :meth:`body`.
+        """
         length = ids.shape[-1]
         past = 0 if cache is None else cache.length
         if past + length > self.config.context_length:
@@ -66,7 +74,11 @@ class Transformer(nn.Module):
             self.mask, length, documents=documents, past=past, key_mask=key_mask, device=ids.device
         )
         context = Context(positions=positions, mask=mask, cache=cache)
-        x = self.embedding(ids)
+        return (body or self.body)(self.embedding(ids), context)
+
+    def body(self, x: Float[Tensor, "... length d_model"], context: Context) -> Float[Tensor, "... length d_model"]:
+        """The blocks and the last norm. This is what gets compiled: the compiler's embedding backward adds rows of equal
+        ids in whatever order its threads come, so that two equal runs would differ in the last digit."""
         for block in self.blocks:
             x = block(x, context)
         return self.norm(x)

@@ -31,23 +31,21 @@ class NextTokenLoss:
     def __init__(self, model: Transformer, kernel: str = "auto") -> None:
         self.model = model
         self.kernel = "chunked" if kernel == "auto" else kernel
-        self.hidden = model.hidden
+        self.body = model.body
         self.compiled = False
 
     def compile(self) -> None:
-        """Run the model and the pointwise part of the loss through torch.compile."""
-        self.hidden = torch.compile(self.model.hidden, dynamic=False)
+        """Run the model's blocks and the pointwise part of the loss through torch.compile."""
+        self.body = torch.compile(self.model.body, dynamic=False)
         self.compiled = True
 
     def eager(self) -> None:
         """Undo :meth:`compile`."""
-        self.hidden = self.model.hidden
+        self.body = self.model.body
         self.compiled = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        hidden = self.hidden(batch.inputs, batch.positions, batch.documents)
+        hidden = self.model.hidden(batch.inputs, batch.positions, batch.documents, body=self.body)
         if self.kernel == "reference":
             return reference_linear_cross_entropy(hidden, self.model.head.weight, batch.targets)
-        return chunked_linear_cross_entropy(
-            hidden, self.model.head.weight, batch.targets, compiled=self.compiled
-        )
+        return chunked_linear_cross_entropy(hidden, self.model.head.weight, batch.targets, compiled=self.compiled)
