@@ -98,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
         m, v = state["exp_avg"], state["exp_avg_sq"]
         assert gradient is not None
         state["step"] += 1
-        t = state["step"]
+        t = state["step"].double()  # in float32, 1 − 0.999ᵗ is off in its fifth digit at first
         m.mul_(beta1).add_((1 - beta1) * gradient)
         v.mul_(beta2).add_((1 - beta2) * gradient**2)
         m_hat = m / (1 - beta1**t)

@@ -143,7 +143,7 @@ class Optimizers:
                     f"the saved optimizer state has {full}, which this model and optimizer do not have; "
                     "resume with the model and optim settings it was saved with"
                 )
-            if value.ndim and value.shape != parameter.shape:
+            if value.shape != (torch.Size() if key == "step" else parameter.shape):
                 raise UserError(
                     f"the saved optimizer state {full} has shape {tuple(value.shape)}, the parameter "
                     f"{tuple(parameter.shape)}; resume with the model it was saved with"
