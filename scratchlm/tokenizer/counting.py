@@ -148,7 +148,10 @@ def _paths(source: Source) -> list[str] | None:
         return None
     if all(isinstance(item, os.PathLike) for item in source):
         return [os.fspath(item) for item in source]
-    short = all(isinstance(item, os.PathLike) or (len(item) < 4096 and "\n" not in item) for item in source)
+    short = all(
+        isinstance(item, os.PathLike) or (isinstance(item, str) and len(item) < 4096 and "\n" not in item)
+        for item in source
+    )
     if short and any(_is_file(item) for item in source):
         return [os.fspath(item) for item in source]
     return None

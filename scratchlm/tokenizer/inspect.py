@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scratchlm.tokenizer.tokenizer import Tokenizer
@@ -25,6 +25,10 @@ LONGEST = 10
 """How many of the longest tokens are listed unless the caller says otherwise."""
 
 
+# Bytes of a token that a table shows; the data holds all.
+_SHOWN = 12
+
+
 @dataclass(frozen=True)
 class TokenView:
     """One token: its id, its bytes as hex digits, its printable form, and whether it is a special token."""
@@ -33,11 +37,6 @@ class TokenView:
     hex: str
     printable: str
     special: bool
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        return len(self.hex) // 2
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ class Inspection:
     merges: int
     pattern: str
     special_tokens: dict[str, int]
-    lengths: dict[int, int] = field(default_factory=dict)
-    longest: list[TokenView] = field(default_factory=list)
-    text: TextView | None = None
+    lengths: dict[int, int]
+    longest: list[TokenView]
+    text: TextView | None
 
 
 def printable(token: bytes) -> str:
@@ -97,8 +96,10 @@ def printable(token: bytes) -> str:
             shown.append(f"\\x{code - 0xDC00:02x}")
         elif character != "\\" and character.isprintable():
             shown.append(character)
-        else:
+        elif code < 0x80:
             shown.append(character.encode("unicode_escape").decode("ascii"))
+        else:
+            shown.append(f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
     return "".join(shown)
 
 
@@ -177,6 +178,8 @@ def _token_table(title: str, tokens: list[TokenView]) -> Table:
 
     table = Table("id", "token", "bytes", title=title, title_justify="left")
     for token in tokens:
-        spaced = " ".join(token.hex[at : at + 2] for at in range(0, len(token.hex), 2))
+        spaced = bytes.fromhex(token.hex[: 2 * _SHOWN]).hex(" ")
+        if len(token.hex) > 2 * _SHOWN:
+            spaced += f" … ({len(token.hex) // 2} bytes)"
         table.add_row(str(token.id), Text(token.printable, style="bold" if token.special else ""), spaced)
     return table

@@ -56,7 +56,7 @@ _SAFE_CUT = regex.compile(r"(?<=\p{L})(?= \p{L})|(?<=\S\n)(?=\p{L})")
 
 # What lets a match depend on text to its left, on the absolute end, or on a search for the best of several matches.
 # With any of these, a match made in a part of a text says nothing about the whole.
-_CONTEXT = regex.compile(r"\(\?<[=!]|\(\*|\(\?\(|\\[bBmMAGKXRZz]|[$^]|\{[^}]*[<=eids]|\(\?[a-zA-Z]*[rebpmwx]")
+_CONTEXT = regex.compile(r"\(\?<[=!]|\(\*|\(\?\(|\\[bBmMAGKXRZz]|[$^]|\{[^}]*[<=eids]|\(\?[a-zA-Z]*[ebpmwx]")
 
 
 class Pattern:
@@ -71,7 +71,7 @@ class Pattern:
         local: one of the three named patterns, whose matches depend on nothing far away.
 
     Raises:
-        UserError: `regex` cannot compile it, it is empty, or a plain word that is none of the names.
+        UserError: `regex` cannot compile it, it searches backwards, is empty, or a plain word that is none of the names.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -96,6 +96,10 @@ class Pattern:
                 f"pre-tokenisation pattern {self.text!r} is none of {', '.join(PATTERNS)} and not a valid pattern "
                 f"of the regex library: {error}"
             ) from error
+        if self._compiled.flags & regex.REVERSE:
+            raise UserError(
+                f"pre-tokenisation pattern {self.text!r} searches backwards, (?r); give one that reads on"
+            )
 
     @functools.cached_property
     def _ascii(self) -> re.Pattern[str]:
@@ -139,7 +143,7 @@ class Pattern:
         bare = regex.sub(r"\\[^bBmMAGKXRZzpP]", "", self.text)
         bare = regex.sub(r"\[\^?\]?[^\]]*\]", "", bare)
         bare = regex.sub(r"\\[pP]\{[^}]*\}", "", bare)
-        risky = regex.REVERSE | regex.BESTMATCH | regex.ENHANCEMATCH | regex.POSIX | regex.MULTILINE | regex.WORD
+        risky = regex.BESTMATCH | regex.ENHANCEMATCH | regex.POSIX | regex.MULTILINE | regex.WORD
         return bool(_CONTEXT.search(bare)) or bool(self._compiled.flags & risky)
 
     @functools.cached_property
