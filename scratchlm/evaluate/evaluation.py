@@ -59,6 +59,7 @@ def evaluate_tokens(
     config: EvaluateConfig,
     *,
     compressors: Mapping[str, CompressorResult] | None = None,
+    precision: str = "auto",
     show_progress: bool = True,
 ) -> Evaluation:
     """Loss, perplexity and bits per byte of `model` on `tokens`, on the device the model is on.
@@ -68,22 +69,28 @@ def evaluate_tokens(
         tokens: held-out text; every token is predicted exactly once.
         config: window length, stride and batch size.
         compressors: figures of general compressors on the same bytes, kept in the result.
+        precision: ``fp32``, ``bf16`` (autocast) or ``auto``, as in ``train.precision``.
         show_progress: show a bar.
 
     Raises:
-        UserError: the stride is longer than the window, or there are no tokens.
+        UserError: the window is longer than the model's context, the stride longer than the window, or there are no tokens.
     """
     started = time.perf_counter()
     context = config.context_length or model.config.context_length
+    if context > model.config.context_length:
+        raise UserError(
+            f"evaluate.context_length = {context} is longer than the model's context of {model.config.context_length}; "
+            "choose at most that"
+        )
     stride = context if config.stride is None else config.stride
     device = next(model.parameters()).device
-    precision = choose_precision("auto", device).value
+    autocast = torch.bfloat16 if choose_precision(precision, device).value == "bf16" else None
     batches = evaluation_windows(tokens, context, stride, config.batch_size)
     windows = 1 + -(-max(0, len(tokens) - context) // stride)
     bar = progress(
         batches, description="evaluate", total=-(-windows // config.batch_size), unit="batch", show=show_progress
     )
-    summed = evaluate_loss(model, bar, device=device, autocast=torch.bfloat16 if precision == "bf16" else None)
+    summed = evaluate_loss(model, bar, device=device, autocast=autocast)
     return Evaluation.from_sum(
         summed,
         text_bytes=tokens.bytes,

@@ -43,12 +43,12 @@ def brute_force(net: Transformer, tokens: Tokens, context: int, stride: int) -> 
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 50])
-@pytest.mark.parametrize(("context", "stride"), [(None, None), (8, 3), (5, 1), (4, 4), (16, 8)])
+@pytest.mark.parametrize(("context", "stride"), [(None, None), (8, 3), (5, 1), (4, 4), (6, 6), (8, 1)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_equals_brute_force(length, context, stride, batch_size):
     net, tokens = model(), stream(length)
     config = EvaluateConfig(batch_size=batch_size, context_length=context, stride=stride)
-    found = evaluate_tokens(net, tokens, config, show_progress=False)
+    found = evaluate_tokens(net, tokens, config, precision="fp32", show_progress=False)
     window = context or 8
     expected = brute_force(net, tokens, window, stride or window)
     assert found.tokens == length
@@ -59,7 +59,16 @@ def test_equals_brute_force(length, context, stride, batch_size):
     assert (found.documents, found.text_bytes) == (3, TEXT_BYTES)
 
 
-def test_more_context_is_a_choice_and_compressors_are_kept():
+def test_bfloat16_is_near_and_not_the_same():
+    net, tokens = model(), stream(200)
+    losses = {
+        precision: evaluate_tokens(net, tokens, EvaluateConfig(), precision=precision, show_progress=False).loss
+        for precision in ("fp32", "bf16")
+    }
+    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_compressors_are_kept():
     result = CompressorResult(bytes=5, bits_per_byte=1.0, seconds=0.0)
     found = evaluate_tokens(
         model(), stream(30), EvaluateConfig(), compressors={"gzip -9": result}, show_progress=False
@@ -76,6 +85,8 @@ def test_progress_counts_the_batches(capfd):
 def test_what_makes_no_sense():
     with pytest.raises(UserError, match="stride = 9 must be between 1 and the context length 8"):
         evaluate_tokens(model(), stream(30), EvaluateConfig(stride=9), show_progress=False)
+    with pytest.raises(UserError, match=r"evaluate.context_length = 9 is longer than the model's context of 8"):
+        evaluate_tokens(model(), stream(30), EvaluateConfig(context_length=9), show_progress=False)
     nothing = Tokens([np.empty(0, dtype=np.uint16)], separator_id=0, documents=0, bytes=0)
     with pytest.raises(UserError, match="has 0 tokens"):
         evaluate_tokens(model(), nothing, EvaluateConfig(), show_progress=False)
