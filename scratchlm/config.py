@@ -180,7 +180,7 @@ class GenerateConfig(Section):
 class Recipe(Section):
     """A whole run: tokenizer → data → model → training → evaluation → samples."""
 
-    name: str = Field(default="run", pattern=r"^[\w.+-]+$", description="Name of the run.")
+    name: str = Field(default="run", pattern=r"^[\w+-][\w.+-]*$", description="Name of the run.")
     out: Path | None = Field(default=None, description="The run's folder; None: runs/<name>.")
     seed: int = Field(default=0, ge=0, description="Initialisation and data order.")
     device: str = Field(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from scratchlm.config import load_recipe
 from scratchlm.errors import UserError
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.model.linear import Linear
@@ -64,6 +66,15 @@ def test_a_recipe_may_state_each_sigma() -> None:
     for module in everything.modules():
         if isinstance(module, Linear):
             check(module.weight, 0.02)
+
+
+def test_the_demo_recipe_starts_silent() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "python-stdlib.toml")
+    model = Transformer(recipe.model.model_copy(update={"vocab_size": 300, "layers": 1}), seed=0)
+    check(model.embedding.weight, recipe.model.init_embedding_std)
+    assert recipe.model.init_output_std == 0
+    with torch.no_grad():
+        assert not model(torch.arange(10)).any(), "the first guess is uniform: a loss of ln(vocabulary)"
 
 
 def test_a_tied_head_is_the_embedding() -> None:

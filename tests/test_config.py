@@ -1,0 +1,273 @@
+"""Recipes: nothing is lost between TOML and back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import annotated_types
+import pytest
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from scratchlm import config as config_module
+from scratchlm.config import ModelConfig, Recipe, load_recipe, save_recipe
+from scratchlm.errors import UserError
+from scratchlm.model import choices
+from scratchlm.section import Section, field_paths, nearest_field, validate
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SECTIONS = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if hasattr(field.annotation, "model_fields")
+}
+LEAVES = [path for path in field_paths(Recipe) if path not in SECTIONS]
+
+
+def field_of(path: str) -> FieldInfo:
+    section: Any = Recipe
+    *outer, leaf = path.split(".")
+    for name in outer:
+        section = section.model_fields[name].annotation
+    field: FieldInfo = section.model_fields[leaf]
+    return field
+
+
+def values_for(annotation: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
+    """Any value that a field of this type may hold, as hypothesis draws it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*(st.none() if a is type(None) else values_for(a, limits) for a in arguments))
+    if origin is list:
+        return st.lists(values_for(arguments[0], {}), max_size=3)
+    if origin is tuple:
+        return st.tuples(*(values_for(a, {}) for a in arguments))
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        return st.integers(int(limits.get("ge", -(2**60))), int(limits.get("le", 2**60)))
+    if annotation is float:
+        low, high = limits.get("ge", limits.get("gt", -1e300)), limits.get("le", limits.get("lt", 1e300))
+        drawn = st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits)
+        return drawn.map(lambda value: value + 0.0)  # −0.0 equals 0.0
+    return {str: st.text(max_size=20), Path: st.text(max_size=20).map(Path)}[annotation]
+
+
+SPECIAL: dict[str, st.SearchStrategy[Any]] = {
+    # Fields that others restrict, or that take a pattern.
+    "name": st.from_regex(r"\A[a-zA-Z0-9_+-][a-zA-Z0-9_.+-]{0,20}\Z"),
+    "device": st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:1"]),
+    "train.accumulation": st.just(1),
+    "train.batch_size": st.integers(1, 9),
+    "tokenizer.special_tokens": st.lists(st.text(max_size=9), min_size=1, max_size=4, unique=True),
+    "model.d_model": st.integers(1, 50).map(lambda n: 16 * n),
+    "model.heads": st.sampled_from([1, 2, 4]),
+    "model.kv_heads": st.sampled_from([None, 1]),
+    "model.head_dim": st.sampled_from([None, 2, 64]),
+}
+
+
+def strategy(path: str) -> st.SearchStrategy[Any]:
+    if path in SPECIAL:
+        return SPECIAL[path]
+    field = field_of(path)
+    limits: dict[str, float] = {}
+    for constraint in field.metadata:
+        for key, kind in (("ge", "Ge"), ("gt", "Gt"), ("le", "Le"), ("lt", "Lt")):
+            if isinstance(constraint, getattr(annotated_types, kind)):
+                limits[key] = getattr(constraint, key)
+    return values_for(field.annotation, limits)
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for path, value in flat.items():
+        *outer, leaf = path.split(".")
+        place = values
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[leaf] = value
+    return values
+
+
+def there_and_back(recipe: Recipe, folder: Path) -> Recipe:
+    save_recipe(recipe, folder / "saved.toml")
+    return load_recipe(folder / "saved.toml")
+
+
+@settings(max_examples=60, deadline=None)
+@given(flat=st.fixed_dictionaries({path: strategy(path) for path in LEAVES}))
+def test_any_recipe_survives_toml(flat: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    recipe = validate(Recipe, nested(flat), "test")
+    assert there_and_back(recipe, tmp_path_factory.mktemp("recipe")) == recipe
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_every_field_alone_survives_toml(path: str, tmp_path: Path) -> None:
+    default = field_of(path).get_default(call_default_factory=True)
+
+    @settings(max_examples=3, deadline=None, database=None)
+    @given(strategy(path).filter(lambda value: value != default))
+    def check(value: Any) -> None:
+        recipe = validate(Recipe, nested({path: value}), "test")
+        assert recipe != Recipe()
+        assert there_and_back(recipe, tmp_path) == recipe
+
+    choices_of = typing.get_args(field_of(path).annotation)
+    if len(choices_of) == 1 and typing.get_origin(field_of(path).annotation) is Literal:
+        pytest.skip("an axis with one choice so far")
+    if path == "train.accumulation":
+        recipe = validate(Recipe, nested({path: 4}), "test")
+        assert there_and_back(recipe, tmp_path) == recipe != Recipe()
+    else:
+        check()
+
+
+def test_the_default_recipe_survives_toml(tmp_path: Path) -> None:
+    assert there_and_back(Recipe(), tmp_path) == Recipe()
+    text = (tmp_path / "saved.toml").read_text(encoding="utf-8")
+    for name in SECTIONS:
+        assert f"[{name}]" in text
+    assert "weight_decay = 0.1" in text, "defaults are written out"
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_every_field_is_described_and_none_means_default(path: str) -> None:
+    field = field_of(path)
+    assert field.description and field.description[0] != " " and len(field.description) > 8
+    default = field.get_default(call_default_factory=True)
+    if type(None) in typing.get_args(field.annotation):
+        assert default is None, "TOML has no null: None could not be written back over another default"
+    if default is not None:  # defaults are not validated by pydantic itself
+        assert validate(Recipe, nested({path: default}), "test") == Recipe()
+
+
+def test_every_section_is_described() -> None:
+    for name, section in SECTIONS.items():
+        assert issubclass(section, Section) and section.__doc__, name
+    declared = {c for c in vars(config_module).values() if isinstance(c, type) and issubclass(c, Section)}
+    assert declared == {*SECTIONS.values(), Recipe, Section}, "every section is part of the recipe"
+
+
+@pytest.mark.parametrize("path", field_paths(Recipe))
+def test_a_misspelt_field_is_told_its_name(path: str) -> None:
+    misspelt = path + path[-1]
+    with pytest.raises(UserError) as caught:
+        validate(Recipe, nested({misspelt: 1}), "my.toml")
+    assert str(caught.value) == f"my.toml: unknown field {misspelt}; did you mean {path}?"
+
+
+def test_hints_for_other_mistakes() -> None:
+    for wrong, hint in {
+        "lr": "optim.lr",
+        "layers": "model.layers",
+        "train.d_model": "model.d_model",
+        "optim.weight-decay": "optim.weight_decay",
+        "modle.layers": "model.layers",
+        "zzz": "",
+    }.items():
+        assert nearest_field(Recipe, wrong) == (f"; did you mean {hint}?" if hint else "")
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[train]\nsteps = 'many'", "train.steps = 'many': input should be a valid integer"),
+        ("[train]\nsteps = 1.5", "train.steps = 1.5"),
+        ("[train]\nsteps = true", "train.steps: true is a boolean"),
+        ("[train]\nsteps = -1", "train.steps = -1: input should be greater than or equal to 0"),
+        ("[train]\ntrackers = 'wandb'", "train.trackers = 'wandb': input should be a valid list"),
+        ("[train]\ntrackers = ['wanb']", r"train.trackers.0 = 'wanb' is unknown; did you mean wandb\?"),
+        (
+            "[train]\nbatch_size = 5\naccumulation = 2",
+            "train.accumulation = 2 does not divide train.batch_size = 5",
+        ),
+        ("[optim]\nlr = nan", "optim.lr = nan"),
+        ("[optim]\nlr = inf", "optim.lr = inf"),
+        ("[optim]\nbetas = [0.9]", "optim.betas.1"),
+        (
+            "[optim]\noptimizer = 'adam'",
+            r"optim.optimizer = 'adam' is unknown; did you mean adamw\?; allowed: adamw, ",
+        ),
+        ("[model]\nheads = 3", "model: heads = 3 does not divide d_model = 256"),
+        ("model = 4", "model = 4"),
+        ("[tokenizer]\nspecial_tokens = []", "special_tokens is empty"),
+        ("[tokenizer]\nspecial_tokens = ['a', 'b', 'a']", "names 'a' twice"),
+        ("name = 'a/b'", "name = 'a/b'"),
+        ("name = '..'", "name = '..'"),
+        ("device = 'gpu'", "device = 'gpu'"),
+        (
+            "[train]\nsteps = 'a'\nbatch_size = 'b'",
+            r"train.steps = 'a'.*\(and 1 more\)|train.batch_size.*\(and 1 more\)",
+        ),
+        ("[train\nsteps = 1", "not valid TOML"),
+        ("a = 1\na = 2", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(toml: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(toml, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.toml").write_bytes("name = 'café'".encode("latin-1"))
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_recipe(tmp_path / "latin.toml")
+
+
+def test_a_recipe_is_named_after_its_file_and_has_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text("seed = 3", encoding="utf-8")
+    recipe = load_recipe(tmp_path / "small.toml")
+    assert (recipe.name, recipe.seed, recipe.folder) == ("small", 3, Path("runs/small"))
+    assert Recipe(out=Path("there")).folder == Path("there")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert there_and_back(recipe, tmp_path) == recipe != Recipe(name=path.stem)
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} >= {"python-stdlib", "tinystories", "openwebtext"}
+
+
+def test_sections_are_fixed_and_errors_also_come_from_the_constructor() -> None:
+    recipe = Recipe()
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+    with pytest.raises(UserError, match=r"Recipe: unknown field sed; did you mean seed\?"):
+        Recipe(sed=3)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="Recipe: model: heads = 3"):
+        Recipe(model={"heads": 3})  # type: ignore[arg-type]
+    assert issubclass(Recipe, BaseModel)
+
+
+def test_the_command_line_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(ModelConfig, args=["--help"])
+    shown = capsys.readouterr().out
+    for axis in choices.AXES:
+        flag = "--" + axis.axis.replace("_", "-")
+        assert flag in shown
+        for name in axis.names:
+            assert name in shown
+    assert tyro.cli(ModelConfig, args=["--feedforward", "relu2", "--layers", "3"]) == ModelConfig(
+        feedforward="relu2", layers=3
+    )
