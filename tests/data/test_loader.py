@@ -347,12 +347,12 @@ def test_prefetcher_passes_errors_on_and_ends_its_thread():
         with pytest.raises(RuntimeError, match="closed"):
             loader.next_batch()
         assert loader.state_dict()["position"] == 4
+    before = set(threading.enumerate())
     forgotten = Prefetcher(EpochLoader(stream(100), 2, 5, seed=0, separator_id=0))
+    (thread,) = set(threading.enumerate()) - before
     del forgotten
-    end = time.monotonic() + 5
-    while any(thread.name == "prefetch" for thread in threading.enumerate()) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    thread.join(timeout=5)
+    assert not thread.is_alive()
 
 
 def test_prefetcher_keeps_its_place_when_a_state_is_refused():
