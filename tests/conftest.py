@@ -1,0 +1,20 @@
+"""Shared by all tests: few threads, a small corpus, a small recipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is imported
+
+import pytest
+from small_run import write_corpus, write_recipe
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with ``corpus.txt`` and ``small.toml``: a whole run takes about a second."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus.txt")
+    write_recipe(tmp_path / "small.toml")
+    return tmp_path
