@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+import warnings
 from collections import Counter
 from itertools import pairwise
 
@@ -140,7 +141,9 @@ def encode(text: str, tokenizer: Tokenizer, pattern: str) -> list[int]:
 @functools.cache
 def trained(pattern: str = "gpt2", specials: tuple[str, ...] = (EOT,), vocab_size: int = 700) -> Tokenizer:
     """A small tokenizer that knows merges in every script of TEXT."""
-    return train_bpe([TEXT], vocab_size, specials, pattern)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the text holds only")
+        return train_bpe([TEXT], vocab_size, specials, pattern)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer import PATTERNS, stream
+from scratchlm.tokenizer import PATTERNS, stream, train_bpe
 from scratchlm.tokenizer import tokenizer as tokenizer_module
 
 FREE = [
@@ -36,7 +36,7 @@ def chunked(draw):
 @pytest.mark.parametrize("block", [1, 5, 40])
 @pytest.mark.parametrize("pattern", [*PATTERNS, *FREE])
 @given(case=chunked())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_ids_equal_encode_of_the_joined_text(pattern, block, case):
     text, chunks = case
     tokenizer = oracle.trained(pattern, tuple(oracle.OVERLAPPING))
@@ -114,7 +114,7 @@ def test_a_long_pre_token_in_small_chunks_takes_linear_time(monkeypatch):
     original = stream.TextStream._take
     monkeypatch.setattr(stream.TextStream, "_take", counting)
     tokenizer = oracle.trained()
-    length = 400_000
+    length = 150_000
     assert list(tokenizer.encode_iterable("a" for _ in range(length))) == tokenizer.encode("a" * length)
     assert looked_at < 4 * length
 
@@ -123,7 +123,7 @@ def test_a_long_pre_token_in_small_chunks_takes_linear_time(monkeypatch):
 
 # VmHWM is the peak of this program alone; ru_maxrss may still hold that of the process that started it.
 SCRIPT = """
-import sys, pickle
+import collections, sys
 from scratchlm.tokenizer import Tokenizer
 
 def peak():
@@ -131,14 +131,14 @@ def peak():
 
 kind, megabytes, path = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 tokenizer = Tokenizer.load(path)
-sentence = "The theory of the sea, it's said, was told in 1234 words; l'été 漢字 too.\\n"
+sentence = "The theory of the sea, it's said, was told in 1234 words; we'll see it too.\\n"
 
 def chunks():
     made, number = 0, 0
     while made < megabytes * 1e6:
         number += 1
-        text = sentence.replace("1234", str(number))
-        made += len(text.encode())
+        text = sentence.replace("1234", str(number)) * 20
+        made += len(text)
         if kind == "letters":
             yield from text
         else:
@@ -147,16 +147,19 @@ def chunks():
 source = chunks()
 if kind == "one chunk":
     source = ["".join(source)]
-sum(1 for _ in tokenizer.encode_iterable(["warm up " * 20000]))
+collections.deque(tokenizer.encode_iterable(["warm up " * 20000]), maxlen=0)
 before = peak()
-count = sum(1 for _ in tokenizer.encode_iterable(source))
+[(count, _)] = collections.deque(enumerate(tokenizer.encode_iterable(source), 1), maxlen=1)
 print(count, before, peak())
 """
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return oracle.trained().save(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    # One that knows the words of the text: fewer ids, less time.
+    words = "The theory of the sea, it's said, was told in words; we'll see it too.\n" * 2
+    tokenizer = train_bpe([words + oracle.TEXT], 400, [oracle.EOT])
+    return tokenizer.save(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 def measure(kind: str, megabytes: float, path) -> tuple[int, int, int]:
@@ -177,7 +180,7 @@ def test_peak_memory_does_not_grow_with_the_text(saved):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status to measure peak memory")
-@pytest.mark.parametrize(("kind", "megabytes"), [("letters", 4), ("one chunk", 15)])
+@pytest.mark.parametrize(("kind", "megabytes"), [("letters", 2), ("one chunk", 10)])
 def test_peak_memory_for_other_chunks(saved, kind, megabytes):
     count, before, after = measure(kind, megabytes, saved)
     assert count > megabytes * 1e5

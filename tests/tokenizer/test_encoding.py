@@ -31,7 +31,7 @@ BOUNDARY_TEXTS = [
 
 @pytest.mark.parametrize("pattern", oracle.PATTERN_NAMES)
 @given(text=oracle.texts)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_ids_equal_tiktokens(pattern, text):
     pytest.importorskip("tiktoken")
     tokenizer = oracle.trained(pattern)
@@ -50,7 +50,7 @@ def test_ids_equal_tiktokens_at_the_boundaries(pattern):
 
 @pytest.mark.parametrize("pattern", [*oracle.PATTERN_NAMES, r"\S+|\s+", r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"])
 @given(text=oracle.special_texts)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 def test_ids_equal_hugging_faces(pattern, text):
     pytest.importorskip("tokenizers")
     tokenizer = oracle.trained(pattern, tuple(oracle.OVERLAPPING))
@@ -115,16 +115,26 @@ def _runs() -> Tokenizer:
 # ------------------------------------------------------------------ speed and size
 
 
-@pytest.mark.parametrize("unit", ["a", " ", "é", "漢", "\n", "ab", "'s", "😀"])
-def test_a_hundred_thousand_times_the_same_is_quick(unit):
+@pytest.mark.parametrize(
+    ("pattern", "unit"),
+    [
+        ("gpt2", "a"),
+        ("gpt2", " "),
+        ("cl100k", "é"),
+        ("cl100k", "\n"),
+        ("o200k", "漢"),
+        ("o200k", "ab"),
+        ("o200k", "'s"),
+    ],
+)
+def test_a_hundred_thousand_times_the_same_is_quick(pattern, unit):
     text = unit * 100_000
-    for pattern in oracle.PATTERN_NAMES:
-        tokenizer = oracle.trained(pattern)
-        started = time.perf_counter()
-        ids = tokenizer.encode_array(text)
-        # Linear time is under a second here; quadratic time would be many minutes.
-        assert time.perf_counter() - started < 20
-        assert tokenizer.decode(ids) == text
+    tokenizer = oracle.trained(pattern)
+    started = time.perf_counter()
+    ids = tokenizer.encode_array(text)
+    # Linear time is under a second here; quadratic time would be many minutes.
+    assert time.perf_counter() - started < 20
+    assert tokenizer.decode(ids) == text
 
 
 def test_long_text_is_encoded_in_parts_with_the_same_ids(monkeypatch):
@@ -282,11 +292,6 @@ def test_unknown_ids_are_named(ids):
 def test_ids_must_be_a_sequence(ids):
     with pytest.raises(UserError, match="give a list of ids"):
         oracle.trained().decode(ids)
-
-
-def test_tensors_decode():
-    torch = pytest.importorskip("torch")
-    assert oracle.trained().decode(torch.tensor([72, 105])) == "Hi"
 
 
 # ------------------------------------------------------------------ construction

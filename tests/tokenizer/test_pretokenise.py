@@ -49,7 +49,7 @@ def test_ascii_twin_knows_every_ascii_character(name):
 
 
 @given(text=oracle.texts)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @pytest.mark.parametrize("pattern", [*PATTERNS, *FREE])
 def test_nothing_is_lost_and_gaps_are_pre_tokens(pattern, text):
     pieces = Pattern(pattern).split(text)
@@ -59,7 +59,7 @@ def test_nothing_is_lost_and_gaps_are_pre_tokens(pattern, text):
 
 
 @given(left=oracle.texts, right=oracle.texts)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @pytest.mark.parametrize("name", oracle.PATTERN_NAMES)
 def test_safe_cuts_are_safe(name, left, right):
     text = f"{left} word\n{right} more"
@@ -73,7 +73,7 @@ def test_safe_cuts_are_safe(name, left, right):
 
 
 @given(seen=oracle.texts, coming=oracle.texts)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @pytest.mark.parametrize("pattern", [*PATTERNS, *FREE])
 def test_what_is_settled_stays(pattern, seen, coming):
     compiled = Pattern(pattern)

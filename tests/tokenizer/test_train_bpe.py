@@ -45,7 +45,7 @@ def quiet_train(*arguments, **options) -> Tokenizer:
     merges=st.integers(0, 30),
     min_frequency=st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 def test_equals_a_trainer_that_rescans(documents, pattern, specials, merges, min_frequency):
     tokenizer = quiet_train(iter(documents), 256 + merges + len(specials), specials, pattern, min_frequency)
     counts = oracle.count_words(documents, PATTERNS.get(pattern, pattern), specials)
@@ -137,7 +137,7 @@ def test_hugging_face_differs_in_ties_only():
 
 
 @given(text=oracle.special_texts, specials=st.sampled_from([(), tuple(oracle.OVERLAPPING)]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\p{L}+", r"(?<=a)b+|\S"])
 def test_a_file_read_in_ranges_counts_the_same(pattern, text, specials):
     text = f"{text} word {text}\nlines{text} " * 3
@@ -169,7 +169,7 @@ def test_same_result_for_any_number_of_processes(tmp_path, monkeypatch):
     for source in (path, [path, path], [text], [text, "more text"]):
         alone = train_bpe(source, 500, oracle.OVERLAPPING, workers=1)
         assert not started
-        for number in (2, 3):
+        for number in (2, 3) if source == path else (2,):
             assert train_bpe(source, 500, oracle.OVERLAPPING, workers=number) == alone
             assert started.pop() == number
     before = threading.active_count()
