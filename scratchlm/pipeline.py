@@ -126,6 +126,14 @@ class Pipeline:
         path = self.folder / "steps.json"
         return read_json(path, "run file") if path.exists() else {}
 
+    def _refuse_change(self, step: str, key: str) -> None:
+        """A run that has checkpoints goes on with the text and the tokenizer it began with, or not at all."""
+        if any((self.folder / "checkpoints").glob("step-*")) and self._keys().get(step, key) != key:
+            raise UserError(
+                f"the corpus or the tokenizer has changed since {self.folder} was begun: choose another --out, "
+                "or --fresh to move that run aside"
+            )
+
     def _finish(self, step: str, key: str | None, action: str, started: float, note: str = "") -> None:
         """Record a step's key and timing, and say what happened."""
         seconds = time.perf_counter() - started
@@ -180,6 +188,7 @@ class Pipeline:
                 f"tokenizer {config.path} has no special token to separate documents; add one, such as <|endoftext|>"
             )
         self._check_vocabulary(tokenizer)
+        self._refuse_change("tokenizer", key)
         tokenizer.save(self.folder / "tokenizer.json")
         self._finish("tokenizer", key, action, started, f"{tokenizer.vocab_size:,} ids")
         return tokenizer
@@ -222,6 +231,7 @@ class Pipeline:
                 "dtype": config.dtype,
             }
         )
+        self._refuse_change("data", key)
         folder = config.cache / "data" / key
         action = "skipped" if (folder / "manifest.json").exists() else "built"
         if action == "built" and (folder / "unfinished.json").exists():
@@ -267,11 +277,7 @@ class Pipeline:
         data, recipe, started = self.data, self.recipe, time.perf_counter()
         key = self._train_key
         found = checkpoints(self.folder / "checkpoints")
-        if found and self._keys().get("training") not in (key, None):
-            raise UserError(
-                f"the corpus or the tokenizer has changed since {self.folder} was begun: choose another --out, "
-                "or --fresh to move that run aside"
-            )
+        self._refuse_change("training", key)
         if found and found[-1].step >= recipe.train.steps:
             self._finish("train", key, "skipped", started, f"{found[-1].step:,} steps")
             return
