@@ -1,6 +1,6 @@
 """Training and encoding speed beside tiktoken and Hugging Face tokenizers, on the source of Python's standard library.
 
-    python benchmarks/tokenizer.py [--megabytes 8] [--rounds 5]
+    python benchmarks/tokenizer.py [--megabytes 4] [--rounds 3]
 
 Every machine has this text. All run on one thread, in one process, in turn; medians over the rounds, with the spread.
 The last line is one JSON object: text, versions, machine and all figures. Ids are compared before anything is timed.
@@ -187,11 +187,12 @@ def measure(megabytes: float, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--megabytes", type=float, default=8.0, help="how much text to encode; half of it is trained on"
+        "--megabytes", type=float, default=4.0, help="how much text to encode; half of it is trained on"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     started = time.perf_counter()
+    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None  # by others
     result = measure(arguments.megabytes, arguments.rounds)
     for task in ("train", "encode"):
         for name, figures in result[task].items():
@@ -209,7 +210,7 @@ def main() -> None:
         "command": f"python benchmarks/tokenizer.py --megabytes {arguments.megabytes:g} --rounds {arguments.rounds}",
         "date": time.strftime("%Y-%m-%d"),
         "text": f"standard library of Python {platform.python_version()}, without tests",
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "load": load},
         "versions": {
             name: version(name) for name in ("scratchlm", "regex", "numba", "numpy", "tiktoken", "tokenizers")
         },

@@ -19,6 +19,7 @@ from array import array
 from itertools import pairwise
 
 _MASK = (1 << 32) - 1
+_PLACE = (1 << 40) - 1
 # Up to here, looking through the whole pre-token for the best pair is faster than keeping a heap.
 _SHORT = 48
 
@@ -50,26 +51,29 @@ def _merge_short(ids: list[int], ranks: dict[int, int]) -> list[int]:
 
 
 def _merge_long(ids: list[int], ranks: dict[int, int]) -> list[int]:
-    # A doubly linked list of tokens and a heap of (rank, position, merged id); an entry whose pair has changed since
-    # is recognised by looking its pair up again.
+    # A doubly linked list of tokens and a heap of (rank << 40 | position): smallest rank first, leftmost of equals. An
+    # entry whose pair has changed since is recognised by looking its pair up again. Arrays and plain integers, because
+    # a pre-token of megabytes would take gigabytes as lists of tuples.
     end = len(ids)
-    before = list(range(-1, end - 1))
-    after = list(range(1, end + 1))
+    before = array("q", range(-1, end - 1))
+    after = array("q", range(1, end + 1))
     find = ranks.get
-    heap = []
+    heap: list[int] = []
     for position in range(end - 1):
         known = find(ids[position] << 32 | ids[position + 1])
         if known is not None:
-            heap.append((known >> 32, position, known & _MASK))
+            heap.append(known >> 32 << 40 | position)
     heapq.heapify(heap)
     while heap:
-        rank, position, merged = heapq.heappop(heap)
+        entry = heapq.heappop(heap)
+        position = entry & _PLACE
         right = after[position]
         if ids[position] < 0 or right == end:
             continue
         known = find(ids[position] << 32 | ids[right])
-        if known is None or known >> 32 != rank:
+        if known is None or known >> 32 != entry >> 40:
             continue
+        merged = known & _MASK
         ids[position] = merged
         ids[right] = -1
         following = after[right]
@@ -78,12 +82,12 @@ def _merge_long(ids: list[int], ranks: dict[int, int]) -> list[int]:
             before[following] = position
             known = find(merged << 32 | ids[following])
             if known is not None:
-                heapq.heappush(heap, (known >> 32, position, known & _MASK))
+                heapq.heappush(heap, known >> 32 << 40 | position)
         previous = before[position]
         if previous >= 0:
             known = find(ids[previous] << 32 | merged)
             if known is not None:
-                heapq.heappush(heap, (known >> 32, previous, known & _MASK))
+                heapq.heappush(heap, known >> 32 << 40 | previous)
     return [token for token in ids if token >= 0]
 
 

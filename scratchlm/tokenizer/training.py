@@ -19,7 +19,7 @@ from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import check_specials
 from scratchlm.tokenizer.tokenizer import Tokenizer
 
-# From this many bytes of distinct words on, the compiled merge loop is used. It is ten times as fast, but the first
+# From this many bytes of distinct words on, the compiled merge loop is used. It is about ten times as fast, but the first
 # call on a machine compiles for seconds; below, the plain loop is done within a second or two.
 _WORTH_COMPILING = 250_000
 

@@ -145,6 +145,8 @@ def chunks():
             yield text
 
 source = chunks()
+if kind == "one run":
+    source = ("e" * 1000 for _ in range(int(megabytes * 1000)))
 if kind == "one chunk":
     source = ["".join(source)]
 collections.deque(tokenizer.encode_iterable(["warm up " * 20000]), maxlen=0)
@@ -203,3 +205,11 @@ def test_blocks_are_taken_from_a_large_chunk(monkeypatch):
     assert list(tokenizer.encode_iterable([text])) == tokenizer.encode(text)
     assert len(text) > 6 * stream.BLOCK and largest < 3 * stream.BLOCK
     assert tokenizer_module._PART <= stream.BLOCK
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status to measure peak memory")
+def test_peak_memory_of_a_run_without_break_is_proportional_to_it(saved):
+    """What cannot be bounded is at least small: a run is not held as a list of Python tuples."""
+    count, before, after = measure("one run", 1, saved)
+    assert count > 1e5
+    assert after - before < 150 * 1e6, f"{(after - before) / 1e6:.0f} bytes for each byte of the run"
