@@ -118,6 +118,7 @@ def test_shards_are_the_documents_by_definition(
     tmp_path_factory, monkeypatch, train, validation, shard_tokens, chunk
 ):
     monkeypatch.setattr(shards, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of files: waiting for the disk proves nothing
     tmp_path = tmp_path_factory.mktemp("shards")
     corpus = corpus_of(tmp_path / "text", train, validation)
     manifest = run(corpus, tmp_path / "out", shard_tokens=shard_tokens)
@@ -198,6 +199,7 @@ def test_interrupted_anywhere_the_bytes_are_the_same(
     tmp_path_factory, monkeypatch, texts, shard_tokens, chunk, data
 ):
     monkeypatch.setattr(shards, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of files: waiting for the disk proves nothing
     tmp_path = tmp_path_factory.mktemp("resume")
     place = data.draw(st.integers(0, len(texts) - 1))
     texts[place] += "poison"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -50,6 +51,19 @@ def wandb_records(run_file: Path) -> Iterator:
             data = b""
 
 
+def wait_for_the_end(run_file: Path) -> Path:
+    """wandb's own process may still be writing when ``finish`` returns; its last record is ``exit``."""
+    from google.protobuf.message import DecodeError
+
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with contextlib.suppress(AssertionError, DecodeError, struct.error):  # as long as a record is half there
+            if "exit" in [record.WhichOneof("record_type") for record in wandb_records(run_file)]:
+                break
+        time.sleep(0.05)
+    return run_file
+
+
 def wandb_history(run_file: Path) -> dict[int, dict]:
     """Step → logged values."""
     history: dict[int, dict] = {}
@@ -79,7 +93,7 @@ def test_wandb_offline_holds_what_was_logged_and_resumes_the_same_run(offline: P
         for record in RECORDS:
             tracking.log(record)
     (run_file,) = offline.glob("wandb/offline-run-*/run-*.wandb")
-    history = wandb_history(run_file)
+    history = wandb_history(wait_for_the_end(run_file))
     assert history[10]["train/loss"] == 4.5 and history[10]["validation/bits_per_byte"] == 2.125
     assert history[10]["event/message"] == "saved checkpoint"
     assert history[20]["train/loss"] == 3.5 and history[20]["train/tokens"] == 1280
@@ -96,7 +110,7 @@ def test_wandb_offline_holds_what_was_logged_and_resumes_the_same_run(offline: P
         raise RuntimeError("boom")
     (second,) = set(offline.glob("wandb/offline-run-*/run-*.wandb")) - {run_file}
     assert second.name == run_file.name == f"run-{(offline / 'wandb-id.txt').read_text().strip()}.wandb"
-    assert math.isnan(float(wandb_history(second)[30]["train/loss"]))
+    assert math.isnan(float(wandb_history(wait_for_the_end(second))[30]["train/loss"]))
     (code,) = [
         record.exit.exit_code for record in wandb_records(second) if record.WhichOneof("record_type") == "exit"
     ]
