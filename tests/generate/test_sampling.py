@@ -116,9 +116,13 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert statistic <= freedom + 5 * math.sqrt(2 * freedom) + 1e-6
 
 
+# Sixty-fourths: two logits that differ still do so in single precision, after the largest was subtracted.
+steps = st.integers(-2000, 2000).map(lambda number: number / 64)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5), min_size=1, max_size=4),
+    rows=st.lists(st.lists(steps, min_size=5, max_size=5), min_size=1, max_size=4),
     data=st.data(),
 )
 def test_a_row_draws_only_what_its_filters_leave(rows, data):
