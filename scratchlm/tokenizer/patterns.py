@@ -180,7 +180,7 @@ class Pattern:
 
     def _settled_locally(self, text: str) -> tuple[list[str], int]:
         # Named patterns look at most three characters past a pre-token ('re), or to the end of the white space that
-        # follows. So walk back to a pre-token whose match did not touch the end, and four more for the contractions.
+        # follows. So walk back to a pre-token whose match did not touch the end, and four more, for safety.
         pieces = self.split(text)
         start = len(text)
         while pieces:

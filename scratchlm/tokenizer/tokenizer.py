@@ -30,6 +30,8 @@ Allowed = Literal["all"] | Iterable[str]
 _PART = 1 << 16
 # encode_batch: below this many characters in all, helper processes cost more than they save.
 _WORTH_HELPERS = 4 << 20
+# encode_batch: characters that make one job of a helper.
+_BATCH = 1 << 20
 
 
 class Tokenizer:
@@ -412,7 +414,7 @@ def _batches(texts: list[str | bytes]) -> Iterator[list[str | bytes]]:
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= 1 << 20:
+        if size >= _BATCH:
             yield batch
             batch, size = [], 0
     if batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import threading
 import time
 import warnings
@@ -110,6 +111,16 @@ def _runs() -> Tokenizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return train_bpe(["aaaaaaa abab bbbb aabb abba baabaa bab aaab " * 3], 290)
+
+
+def test_long_and_short_pre_tokens_merge_alike_with_many_merges():
+    """Merges learnt from noise: most pairs are known, so pairs change under entries that wait in the heap."""
+    rng = random.Random(4)
+    noise = " ".join("".join(rng.choices("abc", k=rng.randint(2, 12))) for _ in range(800))
+    ranks = train_bpe([noise], 900, [])._ranks
+    for _ in range(300):
+        raw = "".join(rng.choices("abc", k=rng.randint(2, 150))).encode()
+        assert encoder_module._merge_long([*raw], ranks) == encoder_module._merge_short([*raw], ranks)
 
 
 # ------------------------------------------------------------------ speed and size
@@ -235,6 +246,7 @@ def test_batches_equal_single_texts(monkeypatch):
 
     monkeypatch.setattr(tokenizer_module, "Workers", Spy)
     monkeypatch.setattr(tokenizer_module, "_WORTH_HELPERS", 0)
+    monkeypatch.setattr(tokenizer_module, "_BATCH", 200)  # many jobs, so that their order matters
     assert [array.tolist() for array in tokenizer.encode_batch(texts, threads=2)] == expected
     assert started == [2]
     with pytest.raises(UserError, match="disallowed special token '<"):

@@ -38,7 +38,7 @@ def test_summary(tokenizer):
     sizes = [len(bytes.fromhex(token.hex)) for token in found.longest]
     assert sizes == sorted(map(len, ordinary), reverse=True)[:7]
     assert not any(token.special for token in found.longest)
-    assert found.text is None
+    assert found.text is None and len(inspect(tokenizer).longest) == 10
 
 
 @given(text=oracle.special_texts)
