@@ -52,7 +52,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left while writing {target}: nothing was changed there; free some space and run again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
         raise
 
@@ -145,6 +145,8 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
         raise UserError(f"{what} {path} does not exist") from error
     except IsADirectoryError as error:
         raise UserError(f"{what} {path} is a folder, not a file") from error
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{what} {path} is not valid JSON ({error}); it may be cut off or of another kind"

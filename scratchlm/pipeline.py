@@ -188,6 +188,7 @@ class Pipeline:
                 f"tokenizer {config.path} has no special token to separate documents; add one, such as <|endoftext|>"
             )
         self._check_vocabulary(tokenizer)
+        self._check_stop_tokens(tokenizer)
         self._refuse_change("tokenizer", key)
         tokenizer.save(self.folder / "tokenizer.json")
         self._finish("tokenizer", key, action, started, f"{tokenizer.vocab_size:,} ids")
@@ -209,6 +210,14 @@ class Pipeline:
                 f"model.vocab_size = {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
                 "leave it out to take the tokenizer's"
             )
+
+    def _check_stop_tokens(self, tokenizer: Tokenizer) -> None:
+        for token in self.recipe.generate.stop:
+            if token not in tokenizer.special_tokens:
+                raise UserError(
+                    f"generate.stop names {token!r}, which is no special token of the tokenizer "
+                    f"({', '.join(tokenizer.special_tokens)})"
+                )
 
     @property
     def separator_id(self) -> int:
@@ -365,6 +374,12 @@ class Pipeline:
         checkpoint = best_checkpoint(self.folder)
         return checkpoint.path, f"{self._keys().get('training')}/{checkpoint.path.name}"
 
+    @property
+    def _precision(self) -> str:
+        """What training computed in, so that its last validation and the evaluation are one figure."""
+        state = read_json(self._best[0] / "state.json", "checkpoint state")
+        return str(state["progress"]["precision"])
+
     @functools.cached_property
     def _trained(self) -> Transformer:
         """The best checkpoint's model on the device."""
@@ -393,7 +408,12 @@ class Pipeline:
                 self.corpus.bytes_of("validation"), total=held_out.bytes, show=self.show_progress
             )
         result = evaluate_tokens(
-            self._trained, held_out, self.recipe.evaluate, compressors=compressors, show_progress=self.show_progress
+            self._trained,
+            held_out,
+            self.recipe.evaluate,
+            compressors=compressors,
+            precision=self._precision,
+            show_progress=self.show_progress,
         )
         result.save(path)
         self._finish("evaluate", key, "built", started, f"{result.bits_per_byte:.4f} bits per byte")

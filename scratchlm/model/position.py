@@ -33,31 +33,25 @@ class RoPE(nn.Module):
     def _build(self, dtype: torch.dtype, device: torch.device | None) -> None:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
-        frequencies = self.theta**-exponents
-        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device="cpu"), frequencies)
+        positions = torch.arange(self.context_length, dtype=torch.float64, device="cpu")
+        angles = torch.outer(positions, self.theta**-exponents)
         table = torch.stack([angles.cos(), angles.sin()])
-        self.register_buffer("frequencies", frequencies.to(dtype).to(device), persistent=False)
         self.register_buffer("table", table.to(dtype).to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
-        # `model.bfloat16()` would round the frequencies too, and position 1000 would be off by radians: build them anew.
+        # `model.bfloat16()` would round the table too: build it anew.
         super()._apply(fn, recurse)
-        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        self._build(frequencies.dtype, frequencies.device)
+        table: Tensor = self.table  # type: ignore[assignment]
+        self._build(table.dtype, table.device)
         return self
 
     def angles(
         self, length: int, positions: Int[Tensor, "... length"] | None
     ) -> tuple[Float[Tensor, "... length half"], Float[Tensor, "... length half"]]:
-        """cos and sin for each position; `positions` None means 0 … length − 1."""
+        """cos and sin for each position below `context_length`; `positions` None means 0 … length − 1."""
         table: Tensor = self.table  # type: ignore[assignment]
-        if positions is None and length <= table.shape[1]:
-            return table[0, :length], table[1, :length]
-        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        if positions is None:
-            positions = torch.arange(length, device=frequencies.device)
-        turned = positions[..., None].to(frequencies.dtype) * frequencies
-        return turned.cos(), turned.sin()
+        cos, sin = table[:, :length] if positions is None else table[:, positions]
+        return cos, sin
 
     def forward(
         self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None

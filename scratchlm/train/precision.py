@@ -30,8 +30,12 @@ def choose_device(name: str) -> torch.device:
             return torch.device("mps")
         return torch.device("cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device {name} is not available: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"device {name} is not available: torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available on this machine; use cpu")
     return device
@@ -73,7 +77,9 @@ def choose_precision(wanted: str, device: torch.device) -> Decision:
     if device.type == "cuda":
         capable = torch.cuda.is_bf16_supported(including_emulation=False)
         if wanted == "bf16" and not capable:
-            raise UserError(f"train.precision = bf16, but {torch.cuda.get_device_name(device)} has no bf16; use fp32")
+            raise UserError(
+                f"train.precision = bf16, but {torch.cuda.get_device_name(device)} has no bf16; use fp32"
+            )
         return Decision("bf16" if capable else "fp32", f"{torch.cuda.get_device_name(device)}")
     if wanted == "bf16":
         return Decision("bf16", "the recipe says so")

@@ -120,7 +120,7 @@ def test_rope_angles_survive_a_cast_of_the_model() -> None:
     exact = rope(context_length=4096).double().angles(4096, None)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         cast = rope(context_length=4096).to(dtype)
-        assert cast.table.dtype == cast.frequencies.dtype == torch.float32
+        assert cast.table.dtype == torch.float32
         for positions in (None, torch.arange(4096)):
             for ours, theirs in zip(cast.angles(4096, positions), exact, strict=True):
                 torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=5e-4)
