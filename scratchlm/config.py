@@ -90,6 +90,9 @@ class OptimConfig(Section):
         default="adamw", description="muon: Muon on hidden matrices, AdamW on embeddings, head and norms."
     )
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate (of AdamW or SGD).")
+    embedding_lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of the token embedding (AdamW or SGD); None: lr."
+    )
     muon_lr: float = Field(default=0.02, gt=0, description="Peak learning rate of Muon's matrices.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's ε.")

@@ -187,14 +187,26 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         raise UserError("the model has no trainable parameters; there is nothing to optimize")
 
     def groups(decay: float, chosen: list[str]) -> list[dict[str, Any]]:
-        spared = () if config.decay_embeddings_and_norms else ("embedding", "norm", "bias")
-        decayed = [names[name] for name in chosen if roles[name] not in spared]
-        others = [names[name] for name in chosen if roles[name] in spared]
-        both = [
+        spared: tuple[str, ...] = () if config.decay_embeddings_and_norms else ("embedding", "norm", "bias")
+        own_rate = ("embedding",) if config.embedding_lr is not None else ()
+        decayed = [names[name] for name in chosen if roles[name] not in spared + own_rate]
+        others = [names[name] for name in chosen if roles[name] in spared and roles[name] not in own_rate]
+        embeddings = [names[name] for name in chosen if roles[name] in own_rate]
+        found: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": decay, "name": "decay"},
             {"params": others, "weight_decay": 0.0, "name": "no_decay"},
         ]
-        return [group for group in both if group["params"]]
+        if embeddings:
+            embedding_decay = 0.0 if "embedding" in spared else decay
+            found.append(
+                {
+                    "params": embeddings,
+                    "weight_decay": embedding_decay,
+                    "lr": config.embedding_lr,
+                    "name": "embedding",
+                }
+            )
+        return [group for group in found if group["params"]]
 
     matrices = [name for name, role in roles.items() if role == "matrix" and names[name].ndim >= 2]
     optimizers: dict[str, torch.optim.Optimizer] = {}

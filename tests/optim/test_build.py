@@ -11,6 +11,7 @@ from torch import nn
 
 from scratchlm.config import OptimConfig
 from scratchlm.errors import UserError
+from scratchlm.model import ModelConfig, Transformer
 from scratchlm.optim import AdamW, Muon, build_optimizers, parameter_roles
 
 OPTIMIZERS = ["adamw", "sgd", "muon"]
@@ -205,3 +206,18 @@ def test_nothing_to_train_and_unknown_optimizers() -> None:
         build_optimizers(small_model(), OptimConfig().model_copy(update={"optimizer": "lion"}))
     only_vectors = nn.LayerNorm(4)
     assert set(build_optimizers(only_vectors, OptimConfig(optimizer="muon")).optimizers) == {"adamw"}
+
+
+def test_the_embedding_may_have_a_learning_rate_of_its_own() -> None:
+    model = Transformer(ModelConfig(vocab_size=19, context_length=8, d_model=16, layers=1, heads=2), seed=0)
+    for decays in (False, True):
+        config = OptimConfig(optimizer="muon", lr=0.1, embedding_lr=0.7, decay_embeddings_and_norms=decays)
+        found = build_optimizers(model, config)
+        found.set_lr(0.5)
+        own = [group for group in found.param_groups if group["name"] == "embedding"]
+        assert [group["lr"] for group in own] == [0.35]
+        assert [list(map(id, group["params"])) for group in own] == [[id(model.embedding.weight)]]
+        assert own[0]["weight_decay"] == (config.weight_decay if decays else 0.0)
+        others = [id(p) for group in found.param_groups if group["name"] != "embedding" for p in group["params"]]
+        assert len(others) == len(set(others)) == len(list(model.parameters())) - 1
+        assert id(model.embedding.weight) not in others
