@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,63 @@ def disk_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
         raise
+
+
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # as on some network file systems
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike[str], *, wait: bool = True, busy: str = "") -> Iterator[None]:
+    """Hold the lock file `path` for the length of a ``with`` block: one process (and one thread of it) at a time.
+
+    The system frees the lock when its holder ends, however it ends, so none is ever left behind; the empty file is.
+    Where there are no such locks (Windows, some network file systems) the block runs without one.
+
+    Args:
+        path: the lock file. It and its folder are created.
+        wait: wait until the lock is free; otherwise refuse at once.
+        busy: one line said when another process holds the lock: on stderr when waiting, else the error's message.
+
+    Raises:
+        UserError: another process holds the lock (without `wait`), or the lock file cannot be written.
+    """
+    path = Path(path)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path):
+            held = False
+            while not held:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                closing = stack.enter_context(contextlib.ExitStack())
+                closing.callback(os.close, handle)
+                try:
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except OSError as error:
+                        if error.errno not in _BUSY:
+                            raise
+                        if not wait:
+                            raise UserError(
+                                busy or f"another process is working in {path.parent}; wait until it ends"
+                            ) from error
+                        if busy:
+                            print(busy, file=sys.stderr)
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    break
+                # Whoever waited may hold a file that was deleted or moved meanwhile, with its folder: take the new one.
+                held = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+                if not held:
+                    closing.close()
+        yield
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from scratchlm.files import (
     atomic_directory,
     atomic_path,
     file_hash,
+    lock,
     read_json,
     stable_hash,
     write_bytes,
@@ -247,6 +251,104 @@ def test_every_file_of_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.Mo
         fill(temporary, "new")
     assert set(synced) == {"a", "b", "inner/", f"{temporary.name}/", f"{tmp_path.name}/"}
     assert synced[-1] == f"{tmp_path.name}/"
+
+
+HOLDER = """
+import sys, time
+from scratchlm.files import lock
+with lock(sys.argv[1], wait=False):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock until it is sent a line."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "runs" / ".lock")], stdin=pipe, stdout=pipe, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_lock_held_elsewhere_is_refused_until_its_holder_ends(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    path = tmp_path / "runs" / ".lock"
+    with pytest.raises(UserError, match=r"^another process is working in .*runs; wait"), lock(path, wait=False):
+        raise AssertionError
+    with pytest.raises(UserError, match=r"^busy with it$"), lock(path, wait=False, busy="busy with it"):
+        raise AssertionError
+    holder.kill()  # a killed holder leaves nothing behind
+    holder.wait()
+    with lock(path, wait=False), pytest.raises(UserError), lock(path, wait=False):  # nor may a thread enter twice
+        raise AssertionError
+    with lock(path, wait=False):
+        pass
+
+
+def test_waiting_for_a_lock(
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs" / ".lock"
+    assert holder.stdin is not None
+    timer = threading.Timer(0.2, lambda: (holder.stdin.write("\n"), holder.stdin.flush()))  # type: ignore[union-attr]
+    timer.start()
+    with lock(path, busy="waiting for the other"):
+        assert holder.wait(timeout=10) == 0
+    assert capsys.readouterr().err == "waiting for the other\n"
+
+
+def test_a_lock_whose_folder_was_deleted_while_waiting(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    path = tmp_path / "runs" / ".lock"
+    assert holder.stdin is not None
+
+    def delete_and_end() -> None:
+        shutil.rmtree(path.parent)
+        holder.stdin.write("\n")  # type: ignore[union-attr]
+        holder.stdin.flush()  # type: ignore[union-attr]
+
+    timer = threading.Timer(0.2, delete_and_end)
+    timer.start()
+    with (
+        lock(path),
+        pytest.raises(UserError),
+        lock(path, wait=False),
+    ):  # the new file is locked, not the deleted one
+        raise AssertionError
+
+
+def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+    for code in (errno.ENOLCK, errno.ENOTSUP):
+        monkeypatch.setattr("fcntl.flock", refuse(code))
+        with lock(path, wait=False), lock(path):
+            pass
+    monkeypatch.setattr("fcntl.flock", refuse(errno.EIO))  # no lock, but not because another process has it
+    with pytest.raises(OSError, match="Input/output"), lock(path, wait=False):
+        raise AssertionError
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with lock(path, wait=False):
+        pass
+
+
+def test_a_lock_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "file", "")
+    with pytest.raises(UserError, match=r"cannot write .*choose another place"), lock(tmp_path / "file" / ".lock"):
+        raise AssertionError
+    monkeypatch.setattr("os.open", refuse(errno.ENOSPC))
+    with pytest.raises(UserError, match="no space left"), lock(tmp_path / ".lock"):
+        raise AssertionError
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="theirs"), lock(tmp_path / ".lock"):  # the block's errors are its own
+        raise OSError(errno.EACCES, "theirs")
 
 
 def test_json_that_cannot_be_read(tmp_path: Path) -> None:

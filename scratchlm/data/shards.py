@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from scratchlm.data.tokens import (
 )
 from scratchlm.data.workers import Encoded, Encoder, encode_all
 from scratchlm.errors import UserError
-from scratchlm.files import atomic_path, disk_errors, read_json, stable_hash, write_json
+from scratchlm.files import atomic_path, disk_errors, lock, read_json, stable_hash, write_json
 from scratchlm.progress import progress
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def prepare(
     )
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with lock(folder / LOCK, busy=f"waiting for another process that prepares {folder}"):
         if (folder / MANIFEST).exists():
             manifest = TokenData.open(folder).manifest
             if manifest.key != key:
@@ -314,24 +313,3 @@ def _summary(shards: list[_Finished]) -> SplitManifest:
         bytes=shards[-1].bytes,
         shards=[Shard(shard.name, shard.tokens, shard.blake2b) for shard in shards],
     )
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: runs that share a cache there must not start at the same moment
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        with disk_errors(folder / LOCK):
-            file = stack.enter_context((folder / LOCK).open("w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a network file system without locks
-        yield
