@@ -1,6 +1,8 @@
 """Writing files so that nothing is ever half there: temporary name, fsync, rename.
 
-A reader sees either the old content or the new one, also when the process is killed or the disk fills up in between.
+The reader of a file sees either the old content or the new one, also when the process is killed or the disk fills up in
+between. A folder that appears is there with all its files or not at all; one that replaces another takes two renames,
+between which a reader finds neither (and a process killed just there leaves the old one as ``.<name>.….old`` beside).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -53,11 +56,20 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left while writing {target}: nothing was changed there; free some space and run again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.ENOTEMPTY,
+        ):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
         raise
 
 
+_ATTEMPTS = 100  # at a rename that another process keeps getting ahead of
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # as on some network file systems
 
@@ -138,11 +150,30 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _put_in_place(temporary: Path, target: Path, old: Path) -> None:
+    """Rename the folder `temporary` to `target`; what is there, or appears there meanwhile, is moved to `old` first."""
+    for attempt in itertools.count(1):
+        with contextlib.suppress(FileNotFoundError):  # none there, or just moved away by another process
+            target.rename(old)
+        try:
+            temporary.rename(target)
+            return
+        except OSError as error:
+            if not target.exists():
+                with contextlib.suppress(OSError):
+                    old.rename(target)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS:
+                raise
+        # Another process was quicker: its folder goes the same way.
+        shutil.rmtree(old, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success (all its files synced) it becomes `target`.
 
-    An existing `target` is replaced only when the new one is complete.
+    An existing `target` is replaced only when the new one is complete. When several processes make the same folder at
+    once, each succeeds and the last one's stays.
 
     Raises:
         UserError: the disk is full or the place cannot be written; `target` is then as it was.
@@ -160,14 +191,7 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
                     _sync_directory(path)
                 elif path.is_file():
                     _sync_file(path)
-            if target.exists():
-                target.rename(old)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
+            _put_in_place(temporary, target, old)
             _sync_directory(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -253,6 +253,66 @@ def test_every_file_of_a_folder_is_synced(tmp_path: Path, monkeypatch: pytest.Mo
     assert synced[-1] == f"{tmp_path.name}/"
 
 
+RACER = """
+import sys
+from pathlib import Path
+from scratchlm.files import atomic_directory
+sys.stdin.readline()
+for turn in range(40):
+    with atomic_directory(sys.argv[1]) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(sys.argv[2] + str(turn))
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_processes_that_make_the_same_folder(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "target"
+    if there:
+        with atomic_directory(target) as folder:
+            (folder / "a").write_text("first")
+    command = [sys.executable, "-c", RACER, str(target)]
+    racers = [
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in ("x", "y", "z")
+    ]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    for racer in racers:
+        error = racer.communicate(timeout=60)[1]
+        assert racer.returncode == 0, error
+    content = content_of(tmp_path)
+    assert content.keys() == {"target/a", "target/b"} and content["target/a"] == content["target/b"], "whole, alone"
+
+
+def test_a_folder_that_appears_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "target", Path.rename
+    moments = iter([True, True])
+
+    def late(self: Path, to: Path) -> Path:
+        if self.suffix == ".tmp" and next(moments, False):
+            target.mkdir()
+            (target / "theirs").write_text("")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with atomic_directory(target) as folder:
+        (folder / "ours").write_text("")
+    assert content_of(tmp_path).keys() == {"target/ours"}
+
+    def always(self: Path, to: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", always)
+    with pytest.raises(UserError, match=r"cannot write .*target: Directory not empty"), atomic_directory(target):
+        pass
+    assert content_of(tmp_path).keys() == {"target/ours"}, "after all attempts it is as it was"
+
+
 HOLDER = """
 import sys, time
 from scratchlm.files import lock
