@@ -18,6 +18,7 @@ def progress(
     bytes_: bool = False,
     initial: int = 0,
     show: bool = True,
+    leave: bool = True,
 ) -> tqdm:
     """A tqdm bar on standard error.
 
@@ -29,6 +30,7 @@ def progress(
         bytes_: the unit is bytes: scale to kB, MB, GB.
         initial: units done before (a resumed job).
         show: False for silence (library callers, workers).
+        leave: False: the bar vanishes when it is done, as one inside another bar should.
     """
     # A bar that redraws ten times a second floods a log file: without a terminal it prints every few seconds.
     terminal = os.isatty(2)
@@ -40,6 +42,7 @@ def progress(
         unit_scale=bytes_,
         initial=initial,
         disable=not show,
+        leave=leave,
         mininterval=0.2 if terminal else 10.0,
         dynamic_ncols=terminal,
     )

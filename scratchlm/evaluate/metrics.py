@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from scratchlm.evaluate.compressors import CompressorResult
 from scratchlm.files import read_json, write_text
+from scratchlm.progress import progress
 from scratchlm.section import Section, validate
 
 IGNORED = -100
@@ -39,7 +40,11 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 class Batch(Protocol):
-    """What a batch has to have: int64 tensors of shape (batch, length), on any device."""
+    """What a batch has to have: int64 tensors of shape (batch, length), on any device.
+
+    It may also have `positions` and `documents`, tensors of the same shape or None, as the loaders give with document
+    boundaries (:class:`scratchlm.data.Batch`).
+    """
 
     @property
     def inputs(self) -> Tensor: ...
@@ -106,13 +111,30 @@ def _summed_nats(logits: Tensor, targets: Tensor, chunk_elements: int) -> Tensor
     return total
 
 
+def _boundaries(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+    """`positions` and `documents` of a batch for the model; nothing where it has neither, so that any callable will do."""
+    found = {name: getattr(batch, name, None) for name in ("positions", "documents")}
+    if all(value is None for value in found.values()):
+        return {}
+    return {name: None if value is None else value.to(device, non_blocking=True) for name, value in found.items()}
+
+
+def _shown(batches: Iterable[Batch], total: int | None, show: bool) -> Iterable[Batch]:
+    if not show:
+        return batches
+    known = len(batches) if total is None and isinstance(batches, Sized) else total
+    return progress(batches, description="validate", total=known, unit="batch", leave=False)
+
+
 def evaluate_loss(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     batches: Iterable[Batch],
     *,
     device: str | torch.device,
     autocast: torch.dtype | None = None,
     chunk_elements: int = _CHUNK_ELEMENTS,
+    show_progress: bool = False,
+    total: int | None = None,
 ) -> LossSum:
     """Sum the cross-entropy of `model` over `batches`.
 
@@ -120,11 +142,16 @@ def evaluate_loss(
     the model returns, memory holds `chunk_elements` of them in fp32 and no more.
 
     Args:
-        model: ``model(inputs) -> logits``, int64 (batch, length) to float (batch, length, vocab).
-        batches: objects with ``inputs`` and ``targets``, int64 (batch, length); targets of −100 are ignored.
+        model: ``model(inputs) -> logits``, int64 (batch, length) to float (batch, length, vocab). It is called as
+            ``model(inputs, positions=…, documents=…)`` for a batch that has one of them, so that a model trained with
+            document boundaries is evaluated with them.
+        batches: objects with ``inputs`` and ``targets``, int64 (batch, length), and perhaps ``positions`` and
+            ``documents``; targets of −100 are ignored.
         device: where the model lies; batches are moved there.
         autocast: dtype for torch.autocast around the model (``torch.bfloat16``); None: no autocast.
         chunk_elements: logits (rows · vocab) turned into losses at once.
+        show_progress: show a bar while it lasts, which vanishes afterwards: for a validation within training.
+        total: number of batches for the bar; None: ``len(batches)`` where they have one.
 
     Returns:
         The sum in nats (float64) and the number of tokens; (0, 0) where there are no batches.
@@ -140,12 +167,12 @@ def evaluate_loss(
     tokens = 0
     try:
         with torch.no_grad():
-            for batch in batches:
+            for batch in _shown(batches, total, show_progress):
                 tokens += int((batch.targets != IGNORED).sum())
                 inputs = batch.inputs.to(device, non_blocking=True)
                 targets = batch.targets.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    logits = model(inputs)
+                    logits = model(inputs, **_boundaries(batch, device))
                 if logits.shape[:-1] != targets.shape:
                     raise ValueError(f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}")
                 summed = _summed_nats(logits, targets, chunk_elements)

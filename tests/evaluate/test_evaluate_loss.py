@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from scratchlm.data import Batch
 from scratchlm.errors import UserError
 from scratchlm.evaluate.compressors import CompressorResult
 from scratchlm.evaluate.metrics import Evaluation, LossSum, bits_per_byte, evaluate_loss, perplexity
@@ -99,6 +100,35 @@ def test_autocast_runs_the_model_in_bfloat16() -> None:
     rough = evaluate_loss(model, batches, device="cpu", autocast=torch.bfloat16).nats
     assert set(seen[:2]) == {torch.float32} and set(seen[2:]) == {torch.bfloat16}
     assert rough != exact and rough == pytest.approx(exact, rel=1e-2)
+
+
+def test_positions_and_documents_reach_a_model_that_is_given_them() -> None:
+    seen: list[tuple] = []
+
+    def model(inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        seen.append((positions, documents))
+        return torch.zeros(*inputs.shape, 5)
+
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    for given_positions, given_documents in ((ids + 1, ids + 2), (ids, None), (None, ids), (None, None)):
+        made = Batch(ids, ids, given_positions, given_documents)
+        assert evaluate_loss(model, [made], device="cpu").tokens == 6
+        positions, documents = seen.pop()
+        for sent, found in ((given_positions, positions), (given_documents, documents)):
+            assert found is None if sent is None else torch.equal(found, sent)
+    evaluate_loss(lambda inputs: torch.zeros(*inputs.shape, 5), [Batch(ids, ids)], device="cpu")  # plain callables
+
+
+def test_a_bar_within_a_bar_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    batches = random_batches(3, (2, 4), 5)
+    silent = evaluate_loss(nn.Embedding(5, 5), batches, device="cpu")
+    assert silent.tokens and capfd.readouterr().err == ""
+    evaluate_loss(nn.Embedding(5, 5), iter(batches), device="cpu", show_progress=True, total=3)
+    shown = capfd.readouterr().err
+    assert "validate" in shown and "/3" in shown
+    assert shown.rsplit("\r", 2)[-2].strip() == "" and not shown.endswith("\n")
+    evaluate_loss(nn.Embedding(5, 5), batches, device="cpu", show_progress=True)
+    assert "/3" in capfd.readouterr().err
 
 
 def test_nothing_to_evaluate() -> None:

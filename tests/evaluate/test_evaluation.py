@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from scratchlm.config import EvaluateConfig
-from scratchlm.data import Tokens
+from scratchlm.config import CorpusConfig, DataConfig, EvaluateConfig
+from scratchlm.data import Tokens, open_corpus, prepare
+from scratchlm.data.loader import evaluation_windows
+from scratchlm.data.tokens import TokenData
 from scratchlm.errors import UserError
 from scratchlm.evaluate.compressors import CompressorResult
-from scratchlm.evaluate.evaluation import evaluate_tokens
+from scratchlm.evaluate.evaluation import count_batches, evaluate_tokens, tokenise
 from scratchlm.model import ModelConfig, Transformer
+from scratchlm.tokenizer import Tokenizer
 
 SEPARATOR = 0
 TEXT_BYTES = 77
@@ -90,3 +93,83 @@ def test_what_makes_no_sense():
     nothing = Tokens([np.empty(0, dtype=np.uint16)], separator_id=0, documents=0, bytes=0)
     with pytest.raises(UserError, match="has 0 tokens"):
         evaluate_tokens(model(), nothing, EvaluateConfig(), show_progress=False)
+
+
+def documents(*lengths: int) -> list[np.ndarray]:
+    """Documents of random ids, each with the separator at its end."""
+    random = np.random.default_rng(1)
+    return [np.append(random.integers(1, 20, length - 1, dtype=np.uint16), SEPARATOR) for length in lengths]
+
+
+def as_split(*pieces: np.ndarray) -> Tokens:
+    return Tokens([np.concatenate(pieces)], separator_id=SEPARATOR, documents=len(pieces), bytes=TEXT_BYTES)
+
+
+def test_packed_documents_with_boundaries_are_as_if_alone():
+    # No document crosses the end of a window of 8, so that none loses context by packing.
+    pieces = documents(3, 5, 8, 1, 1, 6, 2, 4)
+    net = model()
+
+    def nats(tokens: Tokens, boundaries: bool) -> float:
+        found = evaluate_tokens(
+            net,
+            tokens,
+            EvaluateConfig(batch_size=3),
+            precision="fp32",
+            document_boundaries=boundaries,
+            show_progress=False,
+        )
+        assert found.tokens == len(tokens)
+        return found.loss * found.tokens
+
+    alone = math.fsum(nats(as_split(piece), False) for piece in pieces)
+    assert nats(as_split(*pieces), True) == pytest.approx(alone, rel=1e-6)
+    assert nats(as_split(*pieces), False) != pytest.approx(alone, rel=1e-3)  # the test can tell
+
+
+@pytest.mark.parametrize("separator", ["<|pad|>", "<|endoftext|>"])
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_text_as_documents_has_the_figure_of_prepared_shards(tmp_path, separator, boundaries):
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], special_tokens=["<|pad|>", "<|endoftext|>"])
+    separator_id = tokenizer.special_tokens[separator]
+    texts = ["a first text, é", "", "b", "日本 and much more of it" * 3, "x" * 70]
+    (tmp_path / "train.txt").write_text("training text", encoding="utf-8")
+    (tmp_path / "held.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
+    held, train = str(tmp_path / "held.txt"), str(tmp_path / "train.txt")
+    fields = {"vocab_size": 258, "context_length": 16, "d_model": 16, "layers": 1, "heads": 2, "d_ff": 16}
+    net = Transformer(ModelConfig(**fields), seed=0)
+    options = {"precision": "fp32", "document_boundaries": boundaries, "show_progress": False}
+
+    corpus = open_corpus(CorpusConfig(kind="text", paths=[train], validation_paths=[held]))
+    config = DataConfig(workers=1, shard_tokens=50)
+    prepare(corpus, tokenizer, tmp_path / "data", config, separator_id=separator_id, show_progress=False)
+    shards = TokenData.open(tmp_path / "data", tokenizer).split("validation")
+    expected = evaluate_tokens(net, shards, EvaluateConfig(stride=5), **options)
+
+    loose = open_corpus(CorpusConfig(kind="text", paths=[held], validation_fraction=0.0))
+    with tokenise(loose, tokenizer, show_progress=False, separator_id=separator_id) as tokens:
+        assert tokens.read(0, len(tokens)).tolist() == shards.read(0, len(shards)).tolist()
+        found = evaluate_tokens(net, tokens, EvaluateConfig(stride=5), **options)
+    same = ("loss", "perplexity", "bits_per_byte", "bits_per_token", "tokens", "text_bytes", "documents")
+    for name in same:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+    with tokenise(loose, tokenizer, show_progress=False) as tokens:  # by default the first special token
+        assert tokens.separator_id == tokenizer.special_tokens["<|pad|>"]
+
+
+def test_a_separator_has_to_be_an_id(tmp_path):
+    (tmp_path / "held.txt").write_text("text", encoding="utf-8")
+    corpus = open_corpus(CorpusConfig(kind="text", paths=[str(tmp_path / "held.txt")], validation_fraction=0.0))
+    bare = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    with pytest.raises(UserError, match="the separator 256 is no id"), tokenise(corpus, bare, separator_id=256):
+        pass
+    with pytest.raises(UserError, match="no special token to end documents with"), tokenise(corpus, bare):
+        pass
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 50])
+@pytest.mark.parametrize("stride", [None, 1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_are_counted(length, stride, batch_size):
+    windows = evaluation_windows(stream(length), 8, stride, batch_size)
+    assert count_batches(length, 8, stride, batch_size) == len(list(windows))
