@@ -14,6 +14,7 @@ from scratchlm.config import GenerateConfig
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
 from scratchlm.generate.sampling import row_generator, sample
+from scratchlm.progress import progress
 from scratchlm.section import validate
 
 if TYPE_CHECKING:
@@ -31,10 +32,17 @@ class Generator:
     Args:
         model: a Transformer; it is used where it is and as it is (in eval mode while it computes).
         tokenizer: the one the model was trained with. Ids it does not know are never sampled.
+        separator_id: the id an empty prompt starts after: the one that separated documents in training. None: the
+            tokenizer's first special token.
+
+    Raises:
+        UserError: `separator_id` is no id of the tokenizer.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, separator_id: int | None = None) -> None:
+        self.model, self.tokenizer, self.separator_id = model, tokenizer, separator_id
+        if separator_id is not None and separator_id not in tokenizer.vocab:
+            raise UserError(f"the separator {separator_id} is no id of the tokenizer; give that of a special token")
         self.context_length = model.config.context_length
         known = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         ids = sorted({*tokenizer.vocab, *tokenizer.special_tokens.values()})
@@ -48,7 +56,7 @@ class Generator:
         pieces are what :meth:`generate` returns for the prompt alone.
 
         Args:
-            prompt: text; empty: start after the first special token.
+            prompt: text; empty: start after the separator.
             config: sampling parameters (its `prompts` are ignored); None: the defaults.
             options: fields of :class:`~scratchlm.config.GenerateConfig` that replace those of `config`.
 
@@ -68,15 +76,21 @@ class Generator:
             yield piece
 
     def generate(
-        self, prompts: str | Sequence[str], config: GenerateConfig | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        config: GenerateConfig | None = None,
+        *,
+        show_progress: bool = False,
+        **options: Any,
     ) -> list[str]:
         """Continue each prompt, all of them in one batch.
 
         Row i draws from a random stream of its own, given by (seed, i): its text does not depend on the other rows.
 
         Args:
-            prompts: texts (one text counts as a list of one); an empty one starts after the first special token.
+            prompts: texts (one text counts as a list of one); an empty one starts after the separator.
             config: sampling parameters (its `prompts` are ignored); None: the defaults.
+            show_progress: show a bar of the tokens drawn for each prompt, `max_tokens` at most.
             options: fields of :class:`~scratchlm.config.GenerateConfig` (`max_tokens`, `temperature`, `top_k`, `top_p`,
                 `stop`, `seed`) that replace those of `config`.
 
@@ -84,13 +98,16 @@ class Generator:
             For each prompt the continuation alone, without the stop token that ended it.
 
         Raises:
-            UserError: an unknown option or stop token, a value out of range, an empty prompt for a tokenizer without
-                special tokens, or a prompt with an id that the model does not have.
+            UserError: an unknown option or stop token, a value out of range, an empty prompt without
+                a separator or special token, or a prompt with an id that the model does not have.
         """
         config = self._config(config, options)
         encoded = list(map(self._encode, [prompts] if isinstance(prompts, str) else prompts))
         texts: list[list[int]] = [[] for _ in encoded]
-        for step in self._tokens(encoded, config, self._stop_ids(config)):
+        steps = self._tokens(encoded, config, self._stop_ids(config))
+        for step in progress(
+            steps, description="generate", total=config.max_tokens, unit="token", show=show_progress
+        ):
             for row, token in step:
                 texts[row].append(token)
         return [self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace") for ids in texts]
@@ -114,11 +131,12 @@ class Generator:
         """Ids of a prompt, at least one, at most a context: of a longer one the tail."""
         ids = [int(token) for token in self.tokenizer.encode(prompt)]
         if not ids:
-            if not self.tokenizer.special_tokens:
+            if self.separator_id is None and not self.tokenizer.special_tokens:
                 raise UserError(
                     "an empty prompt starts after a special token, and this tokenizer has none; give a text"
                 )
-            ids = [next(iter(self.tokenizer.special_tokens.values()))]
+            start = self.separator_id
+            ids = [start if start is not None else next(iter(self.tokenizer.special_tokens.values()))]
         if max(ids) >= self.model.config.vocab_size:
             raise UserError(
                 f"the prompt has token id {max(ids)}, the model's vocabulary ends at {self.model.config.vocab_size - 1}; "

@@ -340,6 +340,31 @@ def test_an_empty_prompt_starts_after_the_first_special_token():
         Generator(MODEL, Tokenizer(BYTES, [])).generate("", **GREEDY)
 
 
+def test_an_empty_prompt_starts_after_the_separator_that_is_given():
+    tokenizer = Tokenizer(BYTES, [], special_tokens=["<|pad|>", END])
+    model = build(vocab_size=258)
+    pad, end = tokenizer.special_tokens["<|pad|>"], tokenizer.special_tokens[END]
+    expected = {start: by_full_passes(model, [start], 10) for start in (pad, end, 65)}
+    assert len(set(expected.values())) == 3  # the start does matter
+    for separator, start in ((None, pad), (end, end), (pad, pad)):
+        generator = Generator(model, tokenizer, separator_id=separator)
+        assert generator.generate("", max_tokens=10, **GREEDY) == [expected[start]]
+        assert "".join(generator.stream("", max_tokens=10, **GREEDY)) == expected[start]
+    bare = Tokenizer(BYTES, [])  # any id will do; a tokenizer without special tokens has a start by it, too
+    assert Generator(build(), bare, separator_id=65).generate("", max_tokens=10, **GREEDY) == [
+        by_full_passes(MODEL, [65], 10)
+    ]
+    with pytest.raises(UserError, match="the separator 256 is no id of the tokenizer"):
+        Generator(model, bare, separator_id=256)
+
+
+def test_progress_counts_the_tokens_and_is_silent_unless_asked(capfd):
+    quiet = GENERATOR.generate(["a", "b"], max_tokens=7, **GREEDY)
+    assert capfd.readouterr().err == ""
+    assert GENERATOR.generate(["a", "b"], max_tokens=7, show_progress=True, **GREEDY) == quiet
+    assert "7/7" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_of_a_prompt_longer_than_the_context_the_tail_is_read(call):
     prompt = "".join(map(chr, range(40, 40 + 2 * CONTEXT + 3)))
