@@ -6,10 +6,10 @@ the optimizer step as the x-axis. Neither package is needed until its name appea
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -123,14 +123,16 @@ class Trackers:
     """The trackers of one run; with no names it does nothing at no cost.
 
     Use it as a context manager: every tracker is closed at the end and on an exception (which wandb then shows as a
-    failed run).
+    failed run). Trackers only watch: one that fails after its start, because its server or its disk is gone, is named in
+    a warning, dropped, and training goes on; metrics.jsonl has every record.
 
     Args:
         names: of ``"wandb"`` and ``"tensorboard"``, those wanted.
         folder: the run's folder; everything is written below it.
         project: wandb's project.
         name: the run's name.
-        config: the resolved recipe as plain values, shown beside the curves.
+        config: plain values to show beside the curves; a run gives the fields of its recipe that decide what is learnt,
+            by dotted name (``train.steps``).
         resumed_at: step of the checkpoint the run resumes from; None: a new run.
 
     Raises:
@@ -147,33 +149,63 @@ class Trackers:
         config: Mapping[str, Any] | None = None,
         resumed_at: int | None = None,
     ) -> None:
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
         try:
             for tracker in dict.fromkeys(names):
                 if tracker not in _TRACKERS:
                     raise UserError(f"train.trackers: unknown tracker {tracker!r}; known: {', '.join(_TRACKERS)}")
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                self._trackers.append(_TRACKERS[tracker](Path(folder), project, name, config or {}, resumed_at))
+                self._trackers[tracker] = _TRACKERS[tracker](Path(folder), project, name, config or {}, resumed_at)
         except BaseException:
             self.close(failed=True)
             raise
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Pass on one record of metrics.jsonl (see :mod:`scratchlm.train.metrics`): its numbers, or its message."""
+        """Pass on one record of metrics.jsonl (see :mod:`scratchlm.train.metrics`): its numbers, or its message.
+
+        Warns:
+            UserWarning: a tracker failed, and gets no more records.
+        """
         if not self._trackers:
             return
         kind, step, message = str(record["kind"]), int(record["step"]), record.get("message")
         numbers = {
             field: float(value) for field, value in record.items() if field not in ("kind", "step", "message")
         }
-        for tracker in self._trackers:
-            tracker.log(kind, step, numbers, message)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(kind, step, numbers, message)
+            except Exception as error:  # whatever a third party's package raises
+                self._warn(name, f"failed at step {step}", error, "training goes on without it")
+                del self._trackers[name]
+                self._close(tracker, failed=True)  # said once is enough
 
     def close(self, failed: bool = False) -> None:
-        """Close every tracker, also when closing one of them fails; a second call does nothing."""
-        with contextlib.ExitStack() as stack:
-            while self._trackers:
-                stack.callback(self._trackers.pop().close, failed)
+        """Close every tracker; a second call does nothing.
+
+        Warns:
+            UserWarning: one of them could not be closed.
+        """
+        while self._trackers:
+            name, tracker = self._trackers.popitem()
+            if (error := self._close(tracker, failed)) is not None:
+                self._warn(name, "could not be closed", error, "its last records may be missing")
+
+    @staticmethod
+    def _close(tracker: Tracker, failed: bool) -> Exception | None:
+        """What went wrong, if something did."""
+        try:
+            tracker.close(failed)
+        except Exception as error:
+            return error
+        return None
+
+    @staticmethod
+    def _warn(name: str, what: str, error: Exception, consequence: str) -> None:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(
+            f"tracker {name} {what} ({message}): {consequence}; metrics.jsonl has every record", stacklevel=3
+        )
 
     def __enter__(self) -> Trackers:
         return self

@@ -9,8 +9,10 @@ import struct
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -221,8 +223,12 @@ class FakeThatFailsToClose(Fake):
 def test_all_are_closed_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fake.made = []
     monkeypatch.setattr(trackers, "_TRACKERS", {"good": Fake, "bad": FakeThatFailsToClose, "other": Fake})
-    with pytest.raises(OSError, match="gone"), Trackers(["good", "bad", "other", "good"], folder=tmp_path):
+    with (
+        pytest.warns(UserWarning, match=r"tracker bad could not be closed \(OSError: gone\)"),
+        Trackers(["good", "bad", "other", "good"], folder=tmp_path) as tracking,
+    ):
         pass
+    tracking.close()
     assert [fake.closed for fake in Fake.made] == [[False]] * 3  # named twice, opened once
 
     Fake.made = []
@@ -234,3 +240,76 @@ def test_all_are_closed_whatever_happens(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt), Trackers(["good"], folder=tmp_path):
         raise KeyboardInterrupt
     assert [fake.closed for fake in Fake.made] == [[True]]
+
+
+class FakeThatTakesOne(Fake):
+    """Its second record fails, and so does closing it then."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.steps: list[int] = []
+
+    def log(self, kind: str, step: int, numbers: object, message: str | None) -> None:
+        self.steps.append(step)
+        if len(self.steps) > 1:
+            raise ConnectionError("no\nroute to host")
+
+    def close(self, failed: bool) -> None:
+        super().close(failed)
+        if len(self.steps) > 1:
+            raise OSError("still no route")
+
+
+class FakeThatTakesAll(FakeThatTakesOne):
+    def log(self, kind: str, step: int, numbers: object, message: str | None) -> None:
+        self.steps.append(step)
+
+    close = Fake.close
+
+
+def test_a_tracker_that_fails_is_said_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake.made = []
+    monkeypatch.setattr(trackers, "_TRACKERS", {"frail": FakeThatTakesOne, "sound": FakeThatTakesAll})
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        Trackers(["frail", "sound"], folder=tmp_path) as tracking,
+    ):
+        warnings.simplefilter("always")
+        for step in range(4):
+            tracking.log({"kind": "train", "step": step, "loss": 1.0})
+    frail, sound = Fake.made
+    assert frail.steps == [0, 1] and sound.steps == [0, 1, 2, 3]
+    assert (frail.closed, sound.closed) == ([True], [False])
+    (warning,) = caught
+    assert warning.category is UserWarning
+    assert str(warning.message) == (
+        "tracker frail failed at step 1 (ConnectionError: no route to host): training goes on without it; "
+        "metrics.jsonl has every record"
+    )
+
+
+def test_an_interrupt_is_not_a_failed_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*record: object) -> None:
+        raise KeyboardInterrupt
+
+    Fake.made = []
+    monkeypatch.setattr(trackers, "_TRACKERS", {"sound": FakeThatTakesAll})
+    monkeypatch.setattr(FakeThatTakesAll, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt), Trackers(["sound"], folder=tmp_path) as tracking:
+        tracking.log(RECORDS[0])
+
+
+def test_a_wandb_run_that_breaks_does_not_end_training(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def log(values: object, step: int) -> None:
+        raise wandb.errors.CommError("network is unreachable")
+
+    run = types.SimpleNamespace(log=log, finish=lambda exit_code: None)
+    monkeypatch.setattr(wandb, "init", lambda **settings: run)
+    with Trackers(["wandb"], folder=offline) as tracking:
+        with pytest.warns(
+            UserWarning, match=r"tracker wandb failed at step 10 \(CommError: network is unreachable"
+        ):
+            tracking.log(RECORDS[0])
+        tracking.log(RECORDS[1])  # and is silent from then on
