@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Protocol
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from scratchlm.model.config import ModelConfig
+
+
+class Mask(Protocol):
+    """What a mask has to do; it is built from the configuration."""
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """True only where the mask is the causal triangle, for which the kernels need no matrix."""
+        ...
+
+    def allowed(self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"]) -> Bool[Tensor, "... q k"]:
+        """True where the query at one position may read the key at another (positions within the sequence)."""
+        ...
 
 
 class Causal:
@@ -19,6 +34,8 @@ class Causal:
         ■ ■ ■ ■
     """
 
+    is_plain_causal: ClassVar[bool] = True
+
     def __init__(self, config: ModelConfig) -> None:
         pass
 
@@ -28,7 +45,7 @@ class Causal:
 
 
 def attention_mask(
-    mask: Causal,
+    mask: Mask,
     length: int,
     *,
     documents: Int[Tensor, "... length"] | None = None,
@@ -46,7 +63,7 @@ def attention_mask(
         key_mask: False for keys that are padding, shape (batch, past + length).
         device: where to build it.
     """
-    if documents is None and key_mask is None and past == 0:
+    if mask.is_plain_causal and documents is None and key_mask is None and past == 0:
         return None
     total = past + length
     keys = torch.arange(total, device=device)

@@ -69,6 +69,11 @@ class Transformer(nn.Module):
             )
         if cache is not None and positions is None:
             positions = torch.arange(past, past + length, device=ids.device)
+        if documents is not None and past:
+            raise UserError(
+                "documents cannot be told apart behind a cache that holds tokens: it does not keep which document those "
+                "belong to; give whole sequences without a cache, or leave documents out"
+            )
         key_mask = None if cache is None else cache.key_mask(ids.shape[0], past + length)
         mask = attention_mask(
             self.mask, length, documents=documents, past=past, key_mask=key_mask, device=ids.device
@@ -95,11 +100,13 @@ class Transformer(nn.Module):
         Args:
             ids: token ids, int64, any leading batch dimensions.
             positions: position of each token; None counts from 0, or from the cache's end.
-            documents: document number of each token; attention stays within a document. None: one document.
+            documents: document number of each token; attention stays within a document. None: one document. Not together
+                with a cache that already holds tokens.
             cache: keys and values of earlier tokens; the new ones are appended.
 
         Raises:
-            UserError: the sequence, with what the cache holds, is longer than `context_length`.
+            UserError: the sequence, with what the cache holds, is longer than `context_length`, or `documents` are given
+                beside a cache that holds tokens.
         """
         return self.head(self.hidden(ids, positions, documents, cache))
 

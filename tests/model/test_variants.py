@@ -13,6 +13,7 @@ from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
 from scratchlm.kernels.cross_entropy import cross_entropy
 from scratchlm.model import ModelConfig, Transformer, choices
+from scratchlm.model.mask import attention_mask
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
 
@@ -175,3 +176,65 @@ def test_every_axis_is_a_field_and_every_named_field_an_axis() -> None:
             assert callable(axis.get(name))
         with pytest.raises(UserError, match=rf"{axis.axis} = .*did you mean {axis.names[0]}\?"):
             axis.get(axis.names[0] + "x")
+
+
+class Window:
+    """Each position sees itself and the one before it."""
+
+    is_plain_causal = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        pass
+
+    def allowed(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        back = queries[..., :, None] - keys[..., None, :]
+        return (back >= 0) & (back < 2)
+
+
+@pytest.mark.parametrize("kernels", ["fast", "reference"])
+@pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa", "blocked"])
+def test_another_mask_than_the_causal_one_is_obeyed(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, kernel: str
+) -> None:
+    monkeypatch.setitem(choices.MASK.table, "window", f"{__name__}:Window")
+    base = ModelConfig(**{**SMALL, "layers": 1, "kernels": kernels, "attention_kernel": kernel})
+    config = base.model_copy(update={"mask": "window"})  # the names that a recipe may use were fixed at import
+    model = build(config)
+    ids = random_ids(config, 24)
+    with torch.no_grad():
+        before = model(ids)
+        for changed_at in (0, 11, 23):
+            changed = ids.clone()
+            changed[changed_at] = (changed[changed_at] + 1) % config.vocab_size
+            difference = (model(changed) - before).abs().amax(-1)
+            differing = [position for position in range(24) if difference[position] > 1e-5]
+            assert differing == [p for p in (changed_at, changed_at + 1) if p < 24]
+        cache = KVCache(config, batch=1, max_length=24)  # with a cache, too
+        pieces = []
+        for piece in ids[None].split([5, 1, 18], dim=1):
+            pieces.append(model(piece, cache=cache))
+            cache.advance(piece.shape[1])
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[0], before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_causal_mask_needs_no_matrix() -> None:
+    model = build(VARIANTS["gqa"])
+    assert attention_mask(model.mask, 24) is None
+    assert attention_mask(Window(model.config), 3).tolist() == [  # type: ignore[union-attr]
+        [True, False, False],
+        [True, True, False],
+        [False, True, True],
+    ]
+
+
+def test_documents_behind_a_filled_cache_are_refused() -> None:
+    config = VARIANTS["gqa"]
+    model, ids = build(config), random_ids(config, 1, 8)
+    documents = torch.zeros_like(ids)
+    cache = KVCache(config, batch=1, max_length=8)
+    with torch.no_grad():
+        first = model(ids[:, :4], documents=documents[:, :4], cache=cache)  # nothing in it yet: fine
+        torch.testing.assert_close(first, model(ids)[:, :4], rtol=1e-4, atol=1e-4)
+        cache.advance(4)
+        with pytest.raises(UserError, match="documents cannot be told apart behind a cache"):
+            model(ids[:, 4:], documents=documents[:, 4:], cache=cache)
