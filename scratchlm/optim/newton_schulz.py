@@ -12,10 +12,10 @@ direction.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+
+from scratchlm.kernels.hardware import has_native_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -100,14 +100,9 @@ def newton_schulz_fast(matrices: Tensor, steps: int = STEPS) -> Tensor:
     return iterate(matrices, steps)
 
 
-@functools.cache
 def fast_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32."""
-    if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    if device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if has_native_bf16(device_type) else torch.float32
 
 
 @torch.no_grad()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from scratchlm.errors import UserError
+from scratchlm.kernels.hardware import has_native_bf16
 
 Precision = Literal["fp32", "bf16"]
 
@@ -49,25 +48,10 @@ class Decision:
     reason: str
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    a @ a  # the first call pays for packing code and warm-up
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-@functools.cache
-def cpu_bf16_speedup() -> float:
-    """How many times faster a bf16 matmul is than fp32 on this CPU (some emulate bf16 and are slower)."""
-    return _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
-
-
 def choose_precision(wanted: str, device: torch.device) -> Decision:
-    """bf16 where the hardware is faster with it: measured on a CPU, known for CUDA (compute capability ≥ 8.0).
+    """bf16 where the hardware multiplies it natively (:func:`scratchlm.kernels.hardware.has_native_bf16`).
+
+    Never by a timing: a busy machine must not train in another precision than an idle one, with the same seed.
 
     Raises:
         UserError: bf16 is demanded of a device that does not have it.
@@ -75,18 +59,17 @@ def choose_precision(wanted: str, device: torch.device) -> Decision:
     if wanted == "fp32":
         return Decision("fp32", "the recipe says so")
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        capable, name = has_native_bf16("cuda"), torch.cuda.get_device_name(device)
         if wanted == "bf16" and not capable:
-            raise UserError(
-                f"train.precision = bf16, but {torch.cuda.get_device_name(device)} has no bf16; use fp32"
-            )
-        return Decision("bf16" if capable else "fp32", f"{torch.cuda.get_device_name(device)}")
+            raise UserError(f"train.precision = bf16, but {name} has no bf16; use fp32")
+        return Decision("bf16" if capable else "fp32", name)
     if wanted == "bf16":
         return Decision("bf16", "the recipe says so")
     if device.type == "mps":
         return Decision("fp32", "bf16 is not faster on mps")
-    speedup = cpu_bf16_speedup()
-    return Decision("bf16" if speedup > 1.2 else "fp32", f"bf16 matmul runs at {speedup:.1f}x fp32 on this CPU")
+    if has_native_bf16(device.type):
+        return Decision("bf16", "this CPU multiplies bf16 natively")
+    return Decision("fp32", "this CPU does not multiply bf16 natively, as far as torch can tell")
 
 
 def find_compiler() -> str | None:

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from scratchlm.errors import UserError
+from scratchlm.kernels.hardware import has_native_bf16
 from scratchlm.train import precision
 from scratchlm.train.precision import (
     COMPILE_PAYS_AFTER_STEPS,
+    Decision,
     autocast,
     choose_compile,
     choose_device,
     choose_precision,
-    cpu_bf16_speedup,
     find_compiler,
 )
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("speedup", "expected"), [(0.4, "fp32"), (1.0, "fp32"), (3.0, "bf16")])
-def test_auto_takes_bf16_only_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: str
-) -> None:
-    monkeypatch.setattr(precision, "cpu_bf16_speedup", lambda: speedup)
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device_type: native and device_type == "cpu")
     decision = choose_precision("auto", CPU)
-    assert decision.value == expected
-    assert f"{speedup:.1f}x" in decision.reason
+    assert decision.value == ("bf16" if native else "fp32")
+    assert "bf16" in decision.reason
+    assert choose_precision("auto", torch.device("mps")).value == "fp32"
 
 
-def test_the_speedup_is_measured() -> None:
-    assert 0.01 < cpu_bf16_speedup() < 100
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_clock_has_no_say(monkeypatch: pytest.MonkeyPatch, slow: torch.dtype) -> None:
+    """On a busy machine any product may take long: the decision stays."""
+    before = choose_precision("auto", CPU)
+    has_native_bf16.cache_clear()
+    original = torch.Tensor.__matmul__
+
+    def delayed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == slow:
+            time.sleep(0.2)
+        return original(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", delayed)
+    assert choose_precision("auto", CPU) == before
+
+
+def test_cuda_is_asked_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device_type: True)
+    assert choose_precision("auto", torch.device("cuda")) == Decision("bf16", "a card")
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device_type: False)
+    assert choose_precision("auto", torch.device("cuda")).value == "fp32"
+    with pytest.raises(UserError, match=r"train.precision = bf16, but a card has no bf16"):
+        choose_precision("bf16", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("wanted", ["fp32", "bf16"])
