@@ -33,6 +33,7 @@ from scratchlm.data.tokens import (
 from scratchlm.data.workers import Encoded, Encoder, encode_all
 from scratchlm.errors import UserError
 from scratchlm.files import atomic_path, disk_errors, lock, read_json, stable_hash, write_json
+from scratchlm.processes import cores
 from scratchlm.progress import progress
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _workers(config: DataConfig, corpus: Corpus) -> int:
     total = corpus.total_bytes()
     if total is not None and total < SMALL:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scratchlm.errors import UserError
+from scratchlm.processes import Workers, cores
 from scratchlm.progress import progress
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import SpecialSplitter, settle
-from scratchlm.tokenizer.workers import Workers, cores
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -64,7 +64,8 @@ class WordCounter:
         self._splitter = SpecialSplitter(specials)
         self._counts: Counter[str] = Counter()
 
-    def __call__(self, job: FileRange | Documents) -> None:
+    def __call__(self, job: FileRange | Documents) -> int:
+        """Count a job's pre-tokens; its size."""
         if isinstance(job, FileRange):
             for settled in settle(_read(job), self._pattern, self._splitter):
                 self._counts.update(settled.pieces)
@@ -72,6 +73,7 @@ class WordCounter:
             for text in job.texts:
                 for part in self._splitter.split(text)[::2]:
                     self._counts.update(self._pattern.split(part))
+        return job.size
 
     def finish(self) -> Counter[str]:
         return self._counts
@@ -243,12 +245,12 @@ def count_words(
         if number == 1 or not enough or len(first) < 2:
             counter = WordCounter(*arguments)
             for job in chain(first, jobs):
-                counter(job)
-                bar.update(job.size)
+                bar.update(counter(job))
             counts = counter.finish()
         else:
             with Workers(WordCounter, arguments, number) as pool:
-                pool.map(chain(first, jobs), done=lambda job: bar.update(job.size))
+                for size in pool.map(chain(first, jobs)):
+                    bar.update(size)
                 counts = Counter()
                 for part in pool.finish():
                     counts.update(part)

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from scratchlm.errors import UserError
+from scratchlm.processes import Workers, cores
 from scratchlm.tokenizer.encoder import WordCache
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import SpecialSplitter, check_specials, settle
-from scratchlm.tokenizer.workers import Workers, cores
 
 Allowed = Literal["all"] | Iterable[str]
 

@@ -1,0 +1,46 @@
+"""Handlers for the tests of helper processes; importable in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+
+class Named:
+    """Sleeps as long as a job says; counts jobs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.jobs = 0
+
+    def __call__(self, job: float | bytes) -> tuple[str, float | bytes]:
+        if isinstance(job, float):
+            time.sleep(job)
+        self.jobs += 1
+        return self.name, job
+
+    def finish(self) -> tuple[int, int]:
+        return self.jobs, os.getpid()
+
+
+class Broken:
+    def __call__(self, job: Any) -> Any:
+        if isinstance(job, Exception):
+            raise job
+        if job == "odd":
+
+            class Odd(Exception):
+                pass
+
+            raise Odd("local")
+        if job == "lambda":
+            return lambda: None
+        if job == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job == "exit":
+            os._exit(3)
+        if job == "print":
+            print("not an answer")
+        return job
