@@ -113,6 +113,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def children(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for path in listed for child in path.read_text().split()]
@@ -190,7 +198,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("when", ["helpers start to count", "helpers count", "helpers tokenise"])
 def test_ctrl_c_leaves_one_line_and_no_orphan_and_the_command_goes_on(small: Path, when: str) -> None:
     text = (small / "corpus.txt").read_text(encoding="utf-8")
-    many = "<|endoftext|>".join(f"{n} {text.replace('def', f'd{n}')}" for n in range(60))
+    many = "<|endoftext|>".join(f"{n} {text.replace('def', f'd{n}')}" for n in range(100))
     (small / "corpus.txt").write_text(many, encoding="utf-8")
     (small / "regex.py").write_text("raise SystemExit('the wrong one')")  # must not be imported by anyone
     command = [sys.executable, "-P", "-c", COMMAND, "data", "prepare", "small.toml"]
@@ -201,8 +209,8 @@ def test_ctrl_c_leaves_one_line_and_no_orphan_and_the_command_goes_on(small: Pat
     if when == "helpers tokenise":
         wait_until(lambda: len(list(small.glob("runs/cache/data/*/train-*.bin"))) >= 2, process)
     else:
-        wait_until(lambda: len(children(process.pid)) == 2, process)
-        time.sleep(0.5 if when == "helpers count" else 0)
+        seconds = 0.3 if when == "helpers count" else 0.0  # starting takes less
+        wait_until(lambda: [cpu_seconds(pid) >= seconds for pid in children(process.pid)] == [True] * 2, process)
     helpers = children(process.pid)
     assert len(helpers) == 2
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does
