@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.section import Section, validate
 
 ByteErrors = Literal["strict", "replace", "skip"]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TokenizerConfig(Section):
@@ -89,27 +90,34 @@ class OptimConfig(Section):
     optimizer: Literal["adamw", "sgd", "muon"] = Field(
         default="adamw", description="muon: Muon on hidden matrices, AdamW on embeddings, head and norms."
     )
-    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate (of AdamW or SGD).")
+    lr: float = Field(default=1e-3, gt=0, le=1000, description="Peak learning rate (of AdamW or SGD).")
     embedding_lr: float | None = Field(
-        default=None, gt=0, description="Peak learning rate of the token embedding (AdamW or SGD); None: lr."
+        default=None,
+        gt=0,
+        le=1000,
+        description="Peak learning rate of the token embedding (AdamW or SGD); None: lr.",
     )
-    muon_lr: float = Field(default=0.02, gt=0, description="Peak learning rate of Muon's matrices.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε.")
+    muon_lr: float = Field(default=0.02, gt=0, le=1000, description="Peak learning rate of Muon's matrices.")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's ε.")
     weight_decay: float = Field(
-        default=0.1, ge=0, description="Decoupled decay, times the learning rate, per step."
+        default=0.1, ge=0, le=1000, description="Decoupled decay, times the learning rate, per step."
     )
-    muon_weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay of Muon's matrices.")
+    muon_weight_decay: float = Field(default=0.0, ge=0, le=1000, description="Decoupled decay of Muon's matrices.")
     decay_embeddings_and_norms: bool = Field(default=False, description="Apply weight decay to these too.")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of SGD and Muon.")
     nesterov: bool = Field(default=True, description="Nesterov momentum in SGD and Muon.")
     implementation: Literal["auto", "reference", "foreach", "fused"] = Field(
-        default="auto", description="How AdamW and SGD update: one tensor at a time, multi-tensor, or fused."
+        default="auto",
+        description="How AdamW and SGD update: one tensor at a time, multi-tensor, or fused; equal up to rounding. Muon: "
+        "reference iterates in fp32, the others in bf16 where that is native, so that their digits differ.",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then linear decay."
     )
-    warmup_steps: int = Field(default=100, ge=0, description="Linear warm-up from zero.")
+    warmup_steps: int = Field(default=100, ge=0, le=10**12, description="Linear warm-up from zero.")
     decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: share of all steps spent decaying.")
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     grad_clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
@@ -155,11 +163,14 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Loss, perplexity and bits per byte on held-out text."""
 
-    batch_size: int = Field(default=32, ge=1, description="Windows per forward pass.")
-    context_length: int | None = Field(default=None, ge=1, description="Window length; None: the model's.")
+    batch_size: int = Field(default=32, ge=1, le=10**6, description="Windows per forward pass.")
+    context_length: int | None = Field(
+        default=None, ge=1, le=2**24, description="Window length; None: the model's."
+    )
     stride: int | None = Field(
         default=None,
         ge=1,
+        le=2**24,
         description="Final evaluation: tokens between windows; smaller than the window gives each token more "
         "context; None: no overlap.",
     )
@@ -170,14 +181,16 @@ class GenerateConfig(Section):
     """Sampling."""
 
     prompts: list[str] = Field(default=["def "], description="One sample is written for each.")
-    max_tokens: int = Field(default=256, ge=0, description="Tokens per sample, at most.")
-    temperature: float = Field(default=0.8, ge=0, description="0: always the likeliest token.")
-    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest; None: all.")
+    max_tokens: int = Field(default=256, ge=0, le=10**9, description="Tokens per sample, at most.")
+    temperature: float = Field(default=0.8, ge=0, le=10**6, description="0: always the likeliest token.")
+    top_k: int | None = Field(
+        default=None, ge=1, le=2**31 - 1, description="Sample among the k likeliest; None: all."
+    )
     top_p: float = Field(
         default=0.95, gt=0, le=1, description="Nucleus: smallest set with this probability; 1: all."
     )
     stop: list[str] = Field(default=["<|endoftext|>"], description="Special tokens that end a sample.")
-    seed: int = Field(default=0, ge=0, description="Seed of the sampler.")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seed of the sampler.")
 
 
 class Recipe(Section):

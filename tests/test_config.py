@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from pathlib import Path
@@ -68,6 +69,10 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "train.accumulation": st.just(1),
     "train.batch_size": st.integers(1, 9),
     "tokenizer.special_tokens": st.lists(st.text(max_size=9), min_size=1, max_size=4, unique=True),
+    "model.context_length": st.integers(256, 2**24),
+    "evaluate.context_length": st.one_of(st.none(), st.integers(100, 256)),
+    "evaluate.stride": st.one_of(st.none(), st.integers(1, 100)),
+    "optim.betas": st.tuples(*[st.floats(0, 1, exclude_max=True).map(lambda value: value + 0.0)] * 2),
     "model.d_model": st.integers(1, 50).map(lambda n: 16 * n),
     "model.heads": st.sampled_from([1, 2, 4]),
     "model.kv_heads": st.sampled_from([None, 1]),
@@ -129,6 +134,40 @@ def test_every_field_alone_survives_toml(path: str, tmp_path: Path) -> None:
         assert there_and_back(recipe, tmp_path) == recipe != Recipe()
     else:
         check()
+
+
+def is_numeric(path: str) -> bool:
+    annotation = field_of(path).annotation
+    return annotation in (int, float) or {int, float} & set(typing.get_args(annotation)) != set()
+
+
+BOUNDED = [
+    path
+    for path in LEAVES
+    if path.startswith(("model.", "optim.", "evaluate.", "generate.")) and is_numeric(path)
+    and path != "optim.grad_clip"  # a norm that is never reached is how some write "no clipping"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BOUNDED)
+def test_absurd_sizes_are_refused(path: str) -> None:
+    assert field_of(path).annotation is not None
+    for absurd in (10**30, -(10**30)):
+        with pytest.raises(UserError, match=rf"^my.toml: {re.escape(path)} = ") as caught:
+            validate(Recipe, nested({path: absurd}), "my.toml")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("betas", [[1.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 1e300]])
+def test_decay_rates_are_below_one(betas: list[float]) -> None:
+    with pytest.raises(UserError, match=r"optim.betas.[01] = "):
+        validate(Recipe, nested({"optim.betas": betas}), "my.toml")
+
+
+def test_seeds_fit_the_generators() -> None:
+    assert validate(Recipe, nested({"generate.seed": 2**63 - 1}), "my.toml").generate.seed == 2**63 - 1
+    with pytest.raises(UserError, match=r"generate.seed = 9223372036854775808: input should be less than"):
+        validate(Recipe, nested({"generate.seed": 2**63}), "my.toml")
 
 
 def test_the_default_recipe_survives_toml(tmp_path: Path) -> None:

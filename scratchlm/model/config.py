@@ -34,42 +34,58 @@ else:
 class ModelConfig(Section):
     """The architecture. ``ModelConfig.model_json_schema()`` lists every axis with its allowed values."""
 
-    vocab_size: int = Field(default=0, ge=0, description="Number of token ids; 0: taken from the tokenizer.")
+    vocab_size: int = Field(
+        default=0, ge=0, le=2**31 - 1, description="Number of token ids; 0: taken from the tokenizer."
+    )
     context_length: int = Field(
-        default=256, ge=1, description="Longest sequence the model is trained on, in tokens."
+        default=256, ge=1, le=2**24, description="Longest sequence the model is trained on, in tokens."
     )
-    d_model: int = Field(default=256, ge=1, description="Width of the residual stream.")
-    layers: int = Field(default=4, ge=0, description="Number of blocks.")
-    heads: int = Field(default=8, ge=1, description="Number of query heads.")
+    d_model: int = Field(default=256, ge=1, le=2**20, description="Width of the residual stream.")
+    layers: int = Field(default=4, ge=0, le=10_000, description="Number of blocks.")
+    heads: int = Field(default=8, ge=1, le=2**16, description="Number of query heads.")
     kv_heads: int | None = Field(
-        default=None, ge=1, description="Number of key/value heads (GQA); None: as many as `heads`; 1 is MQA."
+        default=None,
+        ge=1,
+        le=2**16,
+        description="Number of key/value heads (GQA); None: as many as `heads`; 1 is MQA.",
     )
-    head_dim: int | None = Field(default=None, ge=1, description="Width of one head; None: d_model / heads.")
+    head_dim: int | None = Field(
+        default=None, ge=1, le=2**16, description="Width of one head; None: d_model / heads."
+    )
     d_ff: int | None = Field(
-        default=None, ge=1, description="Inner width of the feed-forward; None: d_ff_ratio · d_model, rounded."
+        default=None,
+        ge=1,
+        le=2**24,
+        description="Inner width of the feed-forward; None: d_ff_ratio · d_model, rounded.",
     )
     d_ff_ratio: float | None = Field(
-        default=None, gt=0, description="d_ff / d_model; None: 8/3 for gated feed-forwards, 4 for plain ones."
+        default=None,
+        gt=0,
+        le=10_000,
+        description="d_ff / d_model; None: 8/3 for gated feed-forwards, 4 for plain ones.",
     )
-    d_ff_multiple: int = Field(default=64, ge=1, description="A derived d_ff is rounded to a multiple of this.")
+    d_ff_multiple: int = Field(
+        default=64, ge=1, le=2**20, description="A derived d_ff is rounded to a multiple of this."
+    )
     norm: NormName = Field(default="rmsnorm", description="Normalisation layer.")
-    norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square before its root.")
+    norm_eps: float = Field(default=1e-5, gt=0, le=1, description="Added to the mean square before its root.")
     qk_norm: QKNormName = Field(default="none", description="Normalisation of queries and keys, per head.")
     block: BlockName = Field(default="pre_norm", description="Layout of a block and placement of its norms.")
     feedforward: FeedForwardName = Field(default="swiglu", description="Position-wise feed-forward network.")
     position: PositionName = Field(default="rope", description="How positions enter.")
-    rope_theta: float = Field(default=10_000.0, gt=0, description="Base of RoPE's wavelengths.")
+    rope_theta: float = Field(default=10_000.0, gt=0, le=1e15, description="Base of RoPE's wavelengths.")
     attention: AttentionName = Field(default="mha", description="Attention mechanism.")
     mask: MaskName = Field(default="causal", description="Which positions may be attended to.")
     tied_embeddings: bool = Field(default=False, description="Output projection shares the embedding's weights.")
     init: InitName = Field(default="truncated_normal", description="Initialisation scheme.")
     init_linear_std: float | None = Field(
-        default=None, ge=0, description="σ of linear weights; None: sqrt(2 / (d_in + d_out))."
+        default=None, ge=0, le=1000, description="σ of linear weights; None: sqrt(2 / (d_in + d_out))."
     )
-    init_embedding_std: float = Field(default=1.0, ge=0, description="σ of the embedding weights.")
+    init_embedding_std: float = Field(default=1.0, ge=0, le=1000, description="σ of the embedding weights.")
     init_output_std: float | None = Field(
         default=None,
         ge=0,
+        le=1000,
         description="σ of each residual branch's last linear and of the head; None: as any linear.",
     )
     attention_kernel: AttentionKernelName = Field(
