@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import scratchlm
+from scratchlm.processes import cores
 
 _LIBRARIES = ("torch", "numpy", "numba", "regex", "triton")
 
@@ -34,13 +35,6 @@ def cpu_name() -> str:
     if platform.system() == "Darwin" and (name := _output("sysctl", "-n", "machdep.cpu.brand_string")):
         return name
     return platform.processor() or platform.machine() or "unknown"
-
-
-def cores() -> int:
-    """Logical cores this process may use (fewer than the machine has, under taskset or in a container)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def git_commit(folder: str | os.PathLike[str]) -> str | None:

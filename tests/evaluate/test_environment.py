@@ -14,7 +14,8 @@ import torch
 
 import scratchlm
 from scratchlm.evaluate import environment
-from scratchlm.evaluate.environment import cores, cpu_name, describe_environment, git_commit
+from scratchlm.evaluate.environment import cpu_name, describe_environment, git_commit
+from scratchlm.processes import cores
 
 
 def test_names_versions_and_machine() -> None:
