@@ -16,9 +16,22 @@ from pydantic import Field, model_validator
 from scratchlm.errors import UserError
 from scratchlm.files import write_text
 from scratchlm.model.config import ModelConfig
+from scratchlm.processes import MAX_WORKERS
 from scratchlm.section import Section, validate
 
 ByteErrors = Literal["strict", "replace", "skip"]
+
+MAX_VOCAB = 2**24  # as tokenizer.training has it, which is not imported for this
+COUNTABLE = 2**62  # of a number that is only compared with counts
+
+_FILES = ("text", "jsonl", "parquet")
+_READ_BY: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    # fields of a corpus, the kinds that read them, what they are
+    (("paths", "validation_paths"), _FILES, "files"),
+    (("separator",), ("text",), "separator"),
+    (("text_field",), ("jsonl", "parquet", "huggingface"), "fields"),
+    (("dataset", "subset", "train_split", "validation_split"), ("huggingface",), "dataset"),
+)
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,16 +41,23 @@ class TokenizerConfig(Section):
     path: Path | None = Field(
         default=None, description="A finished tokenizer.json to use instead of training one on the corpus."
     )
-    vocab_size: int = Field(default=4096, ge=1, description="Size wanted: 256 bytes + merges + special tokens.")
+    vocab_size: int = Field(
+        default=4096, ge=1, le=MAX_VOCAB, description="Size wanted: 256 bytes + merges + special tokens."
+    )
     pattern: str = Field(
         default="gpt2", description="Pre-tokenisation: gpt2, cl100k, o200k, or any pattern of the regex library."
     )
     special_tokens: list[str] = Field(
         default=["<|endoftext|>"], description="Kept whole; the first one separates documents in the shards."
     )
-    min_frequency: int = Field(default=1, ge=1, description="Pairs seen less often than this are not merged.")
+    min_frequency: int = Field(
+        default=1, ge=1, le=COUNTABLE, description="Pairs seen less often than this are not merged."
+    )
     max_train_bytes: int | None = Field(
-        default=None, ge=1, description="Train on about the first so many bytes of text; None: on all of it."
+        default=None,
+        ge=1,
+        le=COUNTABLE,
+        description="Train on about the first so many bytes of text; None: on all of it.",
     )
 
 
@@ -67,17 +87,36 @@ class CorpusConfig(Section):
     encoding_errors: ByteErrors = Field(
         default="strict", description="Bytes that are not UTF-8: stop, replace by U+FFFD, or skip the document."
     )
-    max_documents: int | None = Field(default=None, ge=1, description="Stop after so many documents (for trials).")
+    max_documents: int | None = Field(
+        default=None, ge=1, le=COUNTABLE, description="Stop after so many documents (for trials)."
+    )
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> CorpusConfig:
+        """Refuse a field that has a value of its own and would be ignored: paths of a corpus that reads no files."""
+        for names, kinds, what in _READ_BY:
+            changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+            if changed and self.kind not in kinds:
+                fitting = kinds[0]
+                if changed[0] == "paths":
+                    fitting = next((kind for kind in kinds if f".{kind}" in self.paths[0]), fitting)
+                raise ValueError(
+                    f"{changed[0]} is set, but kind = {self.kind} reads no {what}: leave it out, or set kind = "
+                    f'"{fitting}"'
+                )
+        return self
 
 
 class DataConfig(Section):
     """Tokenise and save: shards of token ids on disk."""
 
-    shard_tokens: int = Field(default=100_000_000, ge=1, description="Tokens per shard file, at most.")
+    shard_tokens: int = Field(default=100_000_000, ge=1, le=2**40, description="Tokens per shard file, at most.")
     dtype: Literal["auto", "uint16", "uint32"] = Field(
         default="auto", description="Id type on disk; auto: the smallest that holds the vocabulary."
     )
-    workers: int | None = Field(default=None, ge=1, description="Tokenising processes; None: one per core.")
+    workers: int | None = Field(
+        default=None, ge=1, le=MAX_WORKERS, description="Tokenising processes; None: one per core."
+    )
     cache: Path = Field(
         default=Path("runs/cache"),
         description="Tokenizers and shards, named by a hash of their inputs and shared between runs.",

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 
 from scratchlm.errors import UserError
 
+MAX_WORKERS = 1024
 IN_FLIGHT = 3  # jobs per helper on their way: one at work, one waiting for it, one waiting for its turn
 
 # This very package first, whatever else goes by its name; then all that the caller can import.

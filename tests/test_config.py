@@ -103,6 +103,26 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+KIND_FOR = {
+    # A field of the corpus is refused where the kind of corpus does not read it.
+    **dict.fromkeys(("paths", "validation_paths", "separator"), "text"),
+    **dict.fromkeys(("text_field", "dataset", "subset", "train_split", "validation_split"), "huggingface"),
+}
+
+
+def consistent(flat: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields of other kinds of corpus; a field of the corpus alone brings its kind."""
+    values = nested(flat)
+    corpus = values.get("corpus", {})
+    kind = corpus.setdefault("kind", KIND_FOR.get(next(iter(corpus), ""), "python-stdlib")) if corpus else None
+    fitting = {"jsonl": "text", "parquet": "text"}.get(kind, kind)
+    for name in [name for name in corpus if KIND_FOR.get(name, fitting) != fitting]:
+        del corpus[name]
+    if kind in ("jsonl", "parquet"):
+        corpus.pop("separator", None)
+    return values
+
+
 def there_and_back(recipe: Recipe, folder: Path) -> Recipe:
     save_recipe(recipe, folder / "saved.toml")
     return load_recipe(folder / "saved.toml")
@@ -111,7 +131,7 @@ def there_and_back(recipe: Recipe, folder: Path) -> Recipe:
 @settings(max_examples=60, deadline=None)
 @given(flat=st.fixed_dictionaries({path: strategy(path) for path in LEAVES}))
 def test_any_recipe_survives_toml(flat: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    recipe = validate(Recipe, nested(flat), "test")
+    recipe = validate(Recipe, consistent(flat), "test")
     assert there_and_back(recipe, tmp_path_factory.mktemp("recipe")) == recipe
 
 
@@ -122,8 +142,10 @@ def test_every_field_alone_survives_toml(path: str, tmp_path: Path) -> None:
     @settings(max_examples=3, deadline=None, database=None)
     @given(strategy(path).filter(lambda value: value != default))
     def check(value: Any) -> None:
-        recipe = validate(Recipe, nested({path: value}), "test")
-        assert recipe != Recipe()
+        recipe = validate(Recipe, consistent({path: value}), "test")
+        assert recipe != validate(
+            Recipe, nested({"corpus.kind": recipe.corpus.kind} if path != "corpus.kind" else {}), ""
+        )
         assert there_and_back(recipe, tmp_path) == recipe
 
     choices_of = typing.get_args(field_of(path).annotation)
@@ -144,7 +166,7 @@ def is_numeric(path: str) -> bool:
 BOUNDED = [
     path
     for path in LEAVES
-    if path.startswith(("model.", "optim.", "evaluate.", "generate.")) and is_numeric(path)
+    if path.startswith(("corpus.", "tokenizer.", "data.", "model.", "optim.", "evaluate.", "generate.")) and is_numeric(path)
     and path != "optim.grad_clip"  # a norm that is never reached is how some write "no clipping"
 ]  # fmt: skip
 
@@ -168,6 +190,48 @@ def test_seeds_fit_the_generators() -> None:
     assert validate(Recipe, nested({"generate.seed": 2**63 - 1}), "my.toml").generate.seed == 2**63 - 1
     with pytest.raises(UserError, match=r"generate.seed = 9223372036854775808: input should be less than"):
         validate(Recipe, nested({"generate.seed": 2**63}), "my.toml")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        (
+            {"paths": ["a.txt"]},
+            'paths is set, but kind = python-stdlib reads no files: leave it out, or set kind = "text"',
+        ),
+        ({"paths": ["a.jsonl.gz"]}, 'paths is set, .* or set kind = "jsonl"'),
+        ({"paths": ["*.parquet"], "kind": "huggingface", "dataset": "x"}, 'paths is set, .* set kind = "parquet"'),
+        ({"validation_paths": ["v.txt"]}, "validation_paths is set, but kind = python-stdlib reads no files"),
+        (
+            {"kind": "huggingface", "dataset": "x", "validation_paths": ["v"]},
+            "validation_paths .* huggingface reads no f",
+        ),
+        (
+            {"dataset": "x"},
+            'dataset is set, but kind = python-stdlib reads no dataset: .* set kind = "huggingface"',
+        ),
+        ({"kind": "text", "paths": ["a"], "dataset": "x"}, "dataset is set, but kind = text reads no dataset"),
+        ({"kind": "jsonl", "paths": ["a"], "validation_split": "v"}, "validation_split is set, but kind = jsonl"),
+        ({"validation_split": "v"}, "validation_split is set, but kind = python-stdlib"),
+        (
+            {"kind": "parquet", "paths": ["a"], "separator": ""},
+            "separator is set, but kind = parquet reads no separator",
+        ),
+        ({"kind": "text", "paths": ["a"], "text_field": "t"}, "text_field is set, but kind = text reads no fields"),
+    ],
+)
+def test_a_field_that_the_kind_of_corpus_does_not_read_is_refused(corpus: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^my.toml: corpus: {message}"):
+        validate(Recipe, {"corpus": corpus}, "my.toml")
+    with pytest.raises(UserError, match=f"^CorpusConfig: {message}"):
+        config_module.CorpusConfig(**corpus)
+
+
+def test_fields_at_their_defaults_are_not_refused(tmp_path: Path) -> None:
+    every = {name: field.get_default() for name, field in config_module.CorpusConfig.model_fields.items()}
+    for kind in ("python-stdlib", "text", "jsonl", "parquet", "huggingface"):
+        recipe = validate(Recipe, {"corpus": {**every, "kind": kind}}, "my.toml")
+        assert there_and_back(recipe, tmp_path) == recipe
 
 
 def test_the_default_recipe_survives_toml(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scratchlm.errors import UserError
-from scratchlm.processes import Workers, cores
+from scratchlm.processes import MAX_WORKERS, Workers, cores
 from scratchlm.progress import progress
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import SpecialSplitter, settle
@@ -32,6 +33,11 @@ _JOB = 1 << 20
 # Below this much text helper processes cost more time than they save.
 _WORTH_HELPERS = 3 << 20
 _WINDOW = 1 << 16
+
+# No white space, and a separator or the suffix of a file with text.
+_LIKE_A_PATH = re.compile(
+    r"\S*[/\\]\S*[^/\\\s]|\S+\.(?:txt|text|md|rst|log|jsonl?|csv|tsv|xml|html?|py|parquet|gz|zst)", re.IGNORECASE
+)
 
 
 class FileRange(NamedTuple):
@@ -143,6 +149,9 @@ def _paths(source: Source) -> list[str] | None:
     """The files `source` names, or None if it is an iterable of documents.
 
     A list or tuple of strings means files if one of them is an existing file; use `pathlib.Path` to be explicit.
+
+    Raises:
+        UserError: no string is a file, but each looks like the path of one: a tokenizer of file names helps nobody.
     """
     if isinstance(source, (str, os.PathLike)):
         return [os.fspath(source)]
@@ -156,6 +165,11 @@ def _paths(source: Source) -> list[str] | None:
     )
     if short and any(_is_file(item) for item in source):
         return [os.fspath(item) for item in source]
+    if all(isinstance(item, str) and _LIKE_A_PATH.fullmatch(item) for item in source):
+        raise UserError(
+            f"training text {source[0]} does not exist, nor does any other file of the list; if these strings are the "
+            "documents themselves, pass iter(...) of them"
+        )
     return None
 
 
@@ -218,10 +232,13 @@ def count_words(
         UTF-8 bytes of each pre-token → occurrences, in ascending order of the bytes.
 
     Raises:
-        UserError: a file cannot be read or is not UTF-8; a document is not a str; `workers` is less than one.
+        UserError: a file cannot be read or is not UTF-8; a document is not a str; `workers` is
+            less than one or too many.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers = {workers}: at least one process must do the work")
+    if workers is not None and workers > MAX_WORKERS:
+        raise UserError(f"workers = {workers}: at most {MAX_WORKERS} processes can be started")
     splitter = SpecialSplitter(specials)
     jobs: Iterator[FileRange | Documents]
     paths = _paths(source)

@@ -23,6 +23,11 @@ from scratchlm.tokenizer.tokenizer import Tokenizer
 # call on a machine compiles for seconds; below, the plain loop is done within a second or two.
 _WORTH_COMPILING = 250_000
 
+MAX_VOCAB = 2**24
+"""Ids, at most: two orders of magnitude above any published vocabulary, and its tables still fit into memory."""
+
+MAX_COUNT = 2**62  # the compiled loop counts in int64
+
 
 def train_bpe(
     source: Source,
@@ -52,7 +57,7 @@ def train_bpe(
         a tokenizer with at most `vocab_size` tokens; fewer, with a warning, where the text holds no more pairs.
 
     Raises:
-        UserError: `vocab_size` is too small for bytes and specials, a special token is empty or named twice, or the
+        UserError: `vocab_size` is too small for bytes and specials or beyond ``MAX_VOCAB``, a special token is empty or named twice, or the
             source cannot be read.
     """
     compiled = Pattern(pattern)
@@ -64,6 +69,10 @@ def train_bpe(
         raise UserError(
             f"vocab_size = {vocab_size} is smaller than 256 bytes + {len(added)} special tokens = {256 + len(added)}"
         )
+    if vocab_size > MAX_VOCAB:
+        raise UserError(f"vocab_size = {vocab_size} is too large; at most {MAX_VOCAB} tokens can be learnt")
+    if min_frequency > MAX_COUNT:
+        raise UserError(f"min_frequency = {min_frequency} is too large; no pair occurs more than {MAX_COUNT} times")
     if min_frequency < 1:
         raise UserError(f"min_frequency = {min_frequency}: a pair that occurs must occur at least once")
     words = count_words(source, compiled, specials, workers, progress)

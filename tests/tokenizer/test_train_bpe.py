@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scratchlm.config import Recipe
 from scratchlm.errors import UserError
+from scratchlm.section import validate
 from scratchlm.tokenizer import PATTERNS, Tokenizer, counting, merging_fast, train_bpe, training
 from scratchlm.tokenizer.counting import count_words
 from scratchlm.tokenizer.patterns import Pattern
@@ -286,12 +289,50 @@ def test_empty_text_gives_the_bytes():
         ({"pattern": "gpt3"}, "unknown pre-tokenisation pattern 'gpt3'"),
         ({"min_frequency": 0}, "min_frequency = 0"),
         ({"workers": 0}, "workers = 0"),
+        ({"vocab_size": 10**12}, "vocab_size = 1000000000000 is too large; at most 16777216"),
+        ({"min_frequency": 10**30}, "min_frequency = 10+ is too large"),
+        ({"workers": 10**9}, "workers = 1000000000: at most 1024"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as caught:
         train_bpe(["text"], **{"vocab_size": 300, **options})
     assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_has_the_same_upper_bounds():
+    limits = {"tokenizer.vocab_size": training.MAX_VOCAB, "tokenizer.min_frequency": training.MAX_COUNT}
+    for name, most in limits.items():
+        section, field = name.split(".")
+        validate(Recipe, {section: {field: most}}, "my.toml")
+        with pytest.raises(UserError, match=f"^my.toml: {name} = {most + 1}: input should be less than or equal"):
+            validate(Recipe, {section: {field: most + 1}}, "my.toml")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["data/missing-a.txt", "data/missing-b.txt"],
+        ["missing.txt"],
+        ("corpus.jsonl.GZ", "more.parquet"),
+        ["C:\\texts\\a", "./b"],
+    ],
+)
+def test_missing_files_are_not_taken_for_documents(missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^training text {re.escape(missing[0])} does not exist, nor .* iter\("):
+        train_bpe(missing, 300)
+    train_bpe(iter(missing), 257)  # what an iterator gives are documents
+    (tmp_path / "there.txt").write_text("text")
+    with pytest.raises(UserError, match="cannot read training text"):
+        train_bpe([*missing, "there.txt"], 300)
+
+
+@pytest.mark.parametrize(
+    "documents", [["a.txt is a file"], ["end.", "a.txt"], ["data/a.txt", "text"], ["/"], ["a\n/b"]]
+)
+def test_documents_that_mention_files_are_documents(documents):
+    assert train_bpe(documents, 257).vocab_size == 257
 
 
 def test_smallest_vocabulary():
