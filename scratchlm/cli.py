@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -18,6 +20,12 @@ from importlib.metadata import version
 from typing import Any
 
 from scratchlm.errors import UserError
+
+_REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+}  # fmt: skip
+"""What the system refuses because of the user's files, not of our code."""
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # command → (where in scratchlm.commands its function is, what it does)
@@ -46,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for bad input; 128 + n after signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows "?" and no traceback
+            stream.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -60,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + 13
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            place = str(error.filename)[:80] if error.filename is not None else "a file"
+            return _fail(f"cannot use {place}: {error.strerror}; choose another place")
         except KeyboardInterrupt:
             print("\nscratchlm: interrupted; nothing is lost, the same command goes on from there", file=sys.stderr)
             return 128 + 2

@@ -6,6 +6,7 @@ filled in, is saved in the run's folder and can be run again as it is.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -237,7 +238,7 @@ class Recipe(Section):
 
     name: str = Field(default="run", pattern=r"^[\w+-][\w.+-]*$", description="Name of the run.")
     out: Path | None = Field(default=None, description="The run's folder; None: runs/<name>.")
-    seed: int = Field(default=0, ge=0, description="Initialisation and data order.")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Initialisation and data order.")
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
     )
@@ -258,6 +259,15 @@ class Recipe(Section):
                 f"train.accumulation = {self.train.accumulation} does not divide train.batch_size = "
                 f"{self.train.batch_size}"
             )
+        window = self.evaluate.context_length or self.model.context_length
+        if window > self.model.context_length:
+            raise ValueError(
+                f"evaluate.context_length = {window} is longer than model.context_length = {self.model.context_length}"
+            )
+        if self.evaluate.stride is not None and self.evaluate.stride > window:
+            raise ValueError(
+                f"evaluate.stride = {self.evaluate.stride} is longer than the window of {window}: tokens would be left out"
+            )
         duplicates = {t for t in self.tokenizer.special_tokens if self.tokenizer.special_tokens.count(t) > 1}
         if duplicates:
             raise ValueError(f"tokenizer.special_tokens names {sorted(duplicates)[0]!r} twice")
@@ -268,7 +278,12 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return self.out if self.out is not None else Path("runs") / self.name
+        return self.out.expanduser() if self.out is not None else Path("runs") / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenizers and shards lie."""
+        return self.data.cache.expanduser()
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -284,9 +299,11 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"recipe {path} does not exist; recipes/ holds examples") from error
     except IsADirectoryError as error:
         raise UserError(f"recipe {path} is a folder; name the .toml file") from error
+    except OSError as error:
+        raise UserError(f"recipe {str(path)[:80]} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
-    values.setdefault("name", path.stem)
+    values.setdefault("name", re.sub(r"[^\w.+-]+", "-", path.stem).strip(".-") or "run")
     return validate(Recipe, values, str(path))
 
 

@@ -7,22 +7,21 @@ shards lie in a cache under their keys, so that runs with the same text share th
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
+import importlib.util
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scratchlm.config import Recipe, load_recipe, plain, save_recipe
+from scratchlm.config import Recipe, plain
 from scratchlm.data import open_corpus, prepare
 from scratchlm.data.corpus import Corpus
-from scratchlm.data.tokens import TokenData
+from scratchlm.data.tokens import FORMAT_VERSION, TokenData
 from scratchlm.errors import UserError
-from scratchlm.files import atomic_directory, disk_errors, file_hash, read_json, stable_hash, write_json
+from scratchlm.files import atomic_directory, file_hash, lock, read_json, stable_hash, write_json
 from scratchlm.model.config import ModelConfig
-from scratchlm.section import Section
+from scratchlm.run_folder import RunFolder, what_is_learnt
 from scratchlm.tokenizer import Tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -33,31 +32,13 @@ if TYPE_CHECKING:
 
 STEPS = ("tokenizer", "data", "train", "evaluate", "sample", "report")
 
-TOKENIZER_VERSION = 1
-"""Raised when the same corpus and settings give other merges than before."""
-
-_FREE = {
-    # Fields that may differ when a run is continued: they decide where and how, not what is learnt.
-    "name", "out", "device", "threads", "evaluate", "generate",
-    "data.cache", "data.workers", "model.kernels", "model.attention_kernel",
-    "train.trackers", "train.project", "train.keep_checkpoints", "train.checkpoint_interval",
-    "train.eval_interval", "train.log_interval", "train.max_non_finite", "train.precision", "train.compile",
-    "train.loss_kernel", "optim.implementation",
-}  # fmt: skip
+VERSIONS = {"tokenizer": 1, "data": FORMAT_VERSION, "evaluate": 1, "sample": 1, "report": 1}
+"""Part of each step's key. Raised when the same inputs give another result than before: merges, shards, figures, texts,
+pages. (Training's is ``FORMAT_VERSION`` of :mod:`scratchlm.train.loop`, kept in the checkpoints.)"""
 
 
-def what_is_learnt(recipe: Section, prefix: str = "") -> dict[str, Any]:
-    """The fields of a recipe that decide the trained weights, dotted."""
-    fields: dict[str, Any] = {}
-    for name in type(recipe).model_fields:
-        value = getattr(recipe, name)
-        if prefix + name in _FREE:
-            continue
-        if isinstance(value, Section):
-            fields |= what_is_learnt(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = json.loads(json.dumps(value, default=str))
-    return fields
+def _key(step: str, **inputs: Any) -> str:
+    return stable_hash({"version": VERSIONS[step], **inputs})
 
 
 class Pipeline:
@@ -67,86 +48,51 @@ class Pipeline:
         recipe: the resolved recipe.
         say: receives one-line messages.
         show_progress: show bars.
+        finished: only look at a trained run: its tokenizer is taken as it is, and the folder is not claimed.
 
     Raises:
         UserError: the run's folder holds something else, or a run of a recipe that learns something else.
     """
 
-    def __init__(self, recipe: Recipe, say: Any = print, show_progress: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        say: Callable[[str], None] = print,
+        show_progress: bool = True,
+        finished: bool = False,
+    ) -> None:
         self.recipe = recipe
-        self.folder = recipe.folder
+        self.folder = RunFolder(recipe, say)
         self.say = say
         self.show_progress = show_progress
-        self._claim_folder()
+        self.finished = finished
+        if not finished:
+            self.folder.claim()
         if recipe.threads is not None:
             import torch
 
             torch.set_num_threads(recipe.threads)
 
-    # --- the folder and its records ------------------------------------------------------------------------------
+    def run(self, until: str = "report") -> None:
+        """All steps up to and including `until`, each if it is not up to date."""
+        if "train" in STEPS[: STEPS.index(until) + 1]:
+            self._check_machine()
+        with self.folder.locked():
+            self.folder.save_recipe()
+            for step in STEPS[: STEPS.index(until) + 1]:
+                result = getattr(self, step)  # the tokenizer and the data are made by asking for them
+                if step not in ("tokenizer", "data"):
+                    result()
 
-    def _claim_folder(self) -> None:
-        saved = self.folder / "recipe.toml"
-        with disk_errors(self.folder):
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"{self.folder} is a file; choose another --out")
-            self.folder.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
-        if others and not saved.exists():
-            raise UserError(
-                f"{self.folder} exists and holds other content ({sorted(others)[0]}); choose another --out or empty it"
-            )
-        if saved.exists() and (self.folder / "checkpoints").is_dir():
-            before, now = what_is_learnt(load_recipe(saved)), what_is_learnt(self.recipe)
-            for name in now:
-                if before.get(name) != now[name]:
-                    raise UserError(
-                        f"{self.folder} holds a run with {name} = {before.get(name)!r}, now it is {now[name]!r}: choose "
-                        "another --out, or --fresh to move that run aside"
-                    )
+    def _check_machine(self) -> None:
+        """What the recipe demands and the machine lacks is said now, not after an hour of tokenising."""
+        from scratchlm.train.precision import choose_compile, choose_precision
 
-    @contextlib.contextmanager
-    def _only_one(self) -> Iterator[None]:
-        """Keep a second process out of the run's folder."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"another process is working in {self.folder}; wait for it or choose another --out"
-                ) from error
-            yield
-
-    def _keys(self) -> dict[str, str]:
-        path = self.folder / "steps.json"
-        return read_json(path, "run file") if path.exists() else {}
-
-    def _refuse_change(self, step: str, key: str) -> None:
-        """A run that has checkpoints goes on with the text and the tokenizer it began with, or not at all."""
-        if any((self.folder / "checkpoints").glob("step-*")) and self._keys().get(step, key) != key:
-            raise UserError(
-                f"the corpus or the tokenizer has changed since {self.folder} was begun: choose another --out, "
-                "or --fresh to move that run aside"
-            )
-
-    def _finish(self, step: str, key: str | None, action: str, started: float, note: str = "") -> None:
-        """Record a step's key and timing, and say what happened."""
-        seconds = time.perf_counter() - started
-        if key is not None:
-            write_json(self.folder / "steps.json", {**self._keys(), step: key})
-        path = self.folder / "timings.json"
-        timings = read_json(path, "run file") if path.exists() else {}
-        if action != "skipped" or step not in timings:
-            timings[step] = {"seconds": round(seconds, 2), "action": action}
-            write_json(path, timings)
-        spent = "" if action == "skipped" else f" in {seconds:.1f} s"
-        verb = {"skipped": "up to date, skipped", "built": "done", "resumed": "resumed and done"}[action]
-        self.say(f"{step:<10} {verb}{spent}{': ' if note else ''}{note}")
+        choose_precision(self.recipe.train.precision, self.device)
+        choose_compile(self.recipe.train.compile, self.device, self.recipe.train.steps)
+        for tracker in self.recipe.train.trackers:
+            if importlib.util.find_spec(tracker) is None:
+                raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
 
     # --- tokenizer and data --------------------------------------------------------------------------------------
 
@@ -160,39 +106,44 @@ class Pipeline:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Train the tokenizer, or take it from the cache or from where the recipe says."""
+        """Train the tokenizer, or take it from the cache, from where the recipe says, or from the finished run."""
+        if self.finished:
+            return Tokenizer.load(self.folder / "tokenizer.json")
         config, started = self.recipe.tokenizer, time.perf_counter()
         if config.path is not None:
             tokenizer = Tokenizer.load(config.path)
-            key, action = file_hash(config.path) if config.path.is_file() else tokenizer.content_hash, "skipped"
+            key, action = tokenizer.content_hash, "skipped"
         else:
             fields = {name: value for name, value in plain(config).items() if name != "path"}
-            key = stable_hash({"version": TOKENIZER_VERSION, "corpus": self.fingerprint, **fields})
-            cached = self.recipe.data.cache / "tokenizer" / key / "tokenizer.json"
-            action = "skipped"
-            if not cached.exists():
-                tokenizer = train_bpe(
-                    self._training_text(),
-                    vocab_size=config.vocab_size,
-                    special_tokens=config.special_tokens,
-                    pattern=config.pattern,
-                    min_frequency=config.min_frequency,
-                    progress=self.show_progress,
-                )
-                with atomic_directory(cached.parent) as temporary:
-                    tokenizer.save(temporary / "tokenizer.json")
-                action = "built"
-            tokenizer = Tokenizer.load(cached)
-        if not tokenizer.special_tokens:
-            raise UserError(
-                f"tokenizer {config.path} has no special token to separate documents; add one, such as <|endoftext|>"
-            )
-        self._check_vocabulary(tokenizer)
-        self._check_stop_tokens(tokenizer)
-        self._refuse_change("tokenizer", key)
+            key = _key("tokenizer", corpus=self.fingerprint, **fields)
+            tokenizer, action = self._trained_tokenizer(key)
+        self._check_tokenizer(tokenizer)
+        self.folder.refuse_change("tokenizer", key, "the corpus or the tokenizer")
         tokenizer.save(self.folder / "tokenizer.json")
-        self._finish("tokenizer", key, action, started, f"{tokenizer.vocab_size:,} ids")
+        seconds = time.perf_counter() - started
+        self.folder.finish("tokenizer", key, action, seconds, f"{tokenizer.vocab_size:,} ids")
         return tokenizer
+
+    def _trained_tokenizer(self, key: str) -> tuple[Tokenizer, str]:
+        """From the cache, else trained; a second process that wants the same one waits for the first."""
+        config = self.recipe.tokenizer
+        cached = self.recipe.cache / "tokenizer" / key / "tokenizer.json"
+        with lock(
+            cached.parent.with_name(f"{key}.lock"), busy="another process is training this tokenizer; waiting"
+        ):
+            if cached.exists():
+                return Tokenizer.load(cached), "skipped"
+            tokenizer = train_bpe(
+                self._training_text(),
+                vocab_size=config.vocab_size,
+                special_tokens=config.special_tokens,
+                pattern=config.pattern,
+                min_frequency=config.min_frequency,
+                progress=self.show_progress,
+            )
+            with atomic_directory(cached.parent) as temporary:
+                tokenizer.save(temporary / "tokenizer.json")
+            return Tokenizer.load(cached), "built"
 
     def _training_text(self) -> Iterator[str]:
         most = self.recipe.tokenizer.max_train_bytes
@@ -203,15 +154,19 @@ class Pipeline:
             if most is not None and seen >= most:
                 return
 
-    def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
+    def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """What the later steps will want of it."""
+        if not tokenizer.special_tokens:
+            raise UserError(
+                f"tokenizer {self.recipe.tokenizer.path} has no special token to separate documents; "
+                "add one, such as <|endoftext|>"
+            )
         wanted = self.recipe.model.vocab_size
         if wanted and wanted < tokenizer.vocab_size:
             raise UserError(
                 f"model.vocab_size = {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
                 "leave it out to take the tokenizer's"
             )
-
-    def _check_stop_tokens(self, tokenizer: Tokenizer) -> None:
         for token in self.recipe.generate.stop:
             if token not in tokenizer.special_tokens:
                 raise UserError(
@@ -221,27 +176,24 @@ class Pipeline:
 
     @property
     def separator_id(self) -> int:
-        """The first special token separates documents."""
-        specials = self.tokenizer.special_tokens
-        named = [token for token in self.recipe.tokenizer.special_tokens if token in specials]
-        return specials[named[0]] if named else next(iter(specials.values()))
+        return separator_id(self.tokenizer, self.recipe)
 
     @functools.cached_property
     def data(self) -> TokenData:
         """Tokenise the corpus, or take it from the cache."""
         tokenizer = self.tokenizer
         config, started = self.recipe.data, time.perf_counter()
-        key = stable_hash(
-            {
-                "corpus": self.fingerprint,
-                "tokenizer": tokenizer.content_hash,
-                "separator": self.separator_id,
-                "shard_tokens": config.shard_tokens,
-                "dtype": config.dtype,
-            }
+        key = _key(
+            "data",
+            corpus=self.fingerprint,
+            tokenizer=tokenizer.content_hash,
+            separator=self.separator_id,
+            shard_tokens=config.shard_tokens,
+            dtype=config.dtype,
         )
-        self._refuse_change("data", key)
-        folder = config.cache / "data" / key
+        if not self.finished:
+            self.folder.refuse_change("data", key, "the corpus or the tokenizer")
+        folder = self.recipe.cache / "data" / key
         action = "skipped" if (folder / "manifest.json").exists() else "built"
         if action == "built" and (folder / "unfinished.json").exists():
             action = "resumed"
@@ -249,12 +201,24 @@ class Pipeline:
             self.corpus, tokenizer, folder, config, separator_id=self.separator_id, show_progress=self.show_progress
         )
         data = TokenData.open(folder, tokenizer)
+        self._verify(data)
         train, held_out = data.split("train"), data.split("validation")
         note = f"{len(train):,} tokens to train on, {len(held_out):,} held out ({held_out.bytes:,} bytes)"
-        self._finish("data", key, action, started, note)
+        if not self.finished:
+            self.folder.finish("data", key, action, time.perf_counter() - started, note)
         return data
 
-    # --- model ---------------------------------------------------------------------------------------------------
+    def _verify(self, data: TokenData) -> None:
+        """Compare the shards with their checksums, unless their sizes and times are those of the last comparison."""
+        found = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(data.folder.glob("*.bin"))
+        }
+        record = data.folder / "verified.json"
+        if not record.exists() or read_json(record) != found:
+            data.verify(show_progress=self.show_progress)
+            write_json(record, found)
+
+    # --- training ------------------------------------------------------------------------------------------------
 
     @property
     def model_config(self) -> ModelConfig:
@@ -267,36 +231,37 @@ class Pipeline:
 
         return choose_device(self.recipe.device)
 
-    @property
-    def _train_key(self) -> str:
-        return stable_hash(
-            {"learnt": what_is_learnt(self.recipe), "data": self._keys()["data"], "model": plain(self.model_config)}
-        )
-
     def train(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step."""
         from scratchlm.data.loader import EpochLoader, RandomLoader
         from scratchlm.data.prefetch import Prefetcher
+        from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
         from scratchlm.train.checkpoint import checkpoints
         from scratchlm.train.loop import Trainer
         from scratchlm.train.loss import NextTokenLoss
         from scratchlm.train.trackers import Trackers
 
-        data, recipe, started = self.data, self.recipe, time.perf_counter()
-        key = self._train_key
+        data, recipe = self.data, self.recipe
+        key = stable_hash(
+            {
+                "learnt": what_is_learnt(recipe),
+                "vocab_size": self.model_config.vocab_size,
+                "data": self.folder.key("data"),
+            }
+        )
         found = checkpoints(self.folder / "checkpoints")
-        self._refuse_change("training", key)
+        self.folder.refuse_change("training", key, "what is to be learnt")
         if found and found[-1].step >= recipe.train.steps:
-            self._finish("train", key, "skipped", started, f"{found[-1].step:,} steps")
+            self.folder.finish("train", key, "skipped", 0.0, f"{found[-1].step:,} steps")
             return
-        write_json(self.folder / "steps.json", {**self._keys(), "training": key})
+        self.folder.set_key("training", key)
         model = Transformer(self.model_config, seed=recipe.seed)
         self.say(
             f"model      {model.num_params():,} parameters, "
             f"{3 * model.flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
         )
-        self._describe_environment(model)
+        write_json(self.folder / "environment.json", describe_environment(model.num_params()))
         kind = EpochLoader if recipe.train.loader == "epoch" else RandomLoader
         loader = kind(
             data.split("train"),
@@ -307,7 +272,7 @@ class Pipeline:
         )
         trackers = Trackers(
             recipe.train.trackers,
-            folder=self.folder,
+            folder=self.folder.path,
             project=recipe.train.project,
             name=recipe.name,
             config=what_is_learnt(recipe),
@@ -320,48 +285,46 @@ class Pipeline:
                 loader=batches,
                 config=recipe.train,
                 optim=recipe.optim,
-                folder=self.folder,
+                folder=self.folder.path,
                 device=self.device,
                 validate=lambda: self._validation(model, trainer.state.precision),
                 trackers=trackers.log,
-                tokenizer=self.folder / "tokenizer.json",
+                tokenizer=self.tokenizer,
                 say=self.say,
                 show_progress=self.show_progress,
             )
             state = trainer.fit()
-        note = f"{state.tokens:,} tokens in {state.seconds:.0f} s"
+        note = f"{state.step:,} steps, {state.tokens:,} tokens"
         if state.skipped:
             note += f", {state.skipped} non-finite steps skipped"
-        self._finish("train", key, "resumed" if found else "built", started, note)
-
-    def _describe_environment(self, model: Transformer) -> None:
-        from scratchlm.evaluate.environment import describe_environment
-
-        write_json(self.folder / "environment.json", describe_environment(model.num_params()))
-
-    def _windows(self, context_length: int, stride: int | None) -> Iterable[Any]:
-        from scratchlm.data.loader import evaluation_windows
-
-        return evaluation_windows(
-            self.data.split("validation"), context_length, stride, self.recipe.evaluate.batch_size
-        )
+        self.folder.finish("train", key, "resumed" if found else "built", state.seconds, note)
 
     def _validation(self, model: Transformer, precision: str) -> dict[str, float]:
         """The whole validation set, as the training loop asks for it: windows of the model's length, no overlap."""
         import torch
 
+        from scratchlm.data.loader import evaluation_windows
         from scratchlm.evaluate.metrics import evaluate_loss
 
+        held_out = self.data.split("validation")
+        windows: Iterable[Any] = evaluation_windows(
+            held_out,
+            model.config.context_length,
+            None,
+            self.recipe.evaluate.batch_size,
+            document_boundaries=self.recipe.train.document_boundaries,
+        )
         summed = evaluate_loss(
             model,
-            self._windows(model.config.context_length, None),
+            windows,
             device=self.device,
             autocast=torch.bfloat16 if precision == "bf16" else None,
+            show_progress=self.show_progress,
         )
         return {
             "loss": summed.loss,
             "perplexity": summed.perplexity,
-            "bits_per_byte": summed.bits_per_byte(self.data.split("validation").bytes),
+            "bits_per_byte": summed.bits_per_byte(held_out.bytes),
         }
 
     # --- what comes after training -------------------------------------------------------------------------------
@@ -371,14 +334,8 @@ class Pipeline:
         """The best checkpoint's folder, and a name for what it holds."""
         from scratchlm.interop.native import best_checkpoint
 
-        checkpoint = best_checkpoint(self.folder)
-        return checkpoint.path, f"{self._keys().get('training')}/{checkpoint.path.name}"
-
-    @property
-    def _precision(self) -> str:
-        """What training computed in, so that its last validation and the evaluation are one figure."""
-        state = read_json(self._best[0] / "state.json", "checkpoint state")
-        return str(state["progress"]["precision"])
+        checkpoint = best_checkpoint(self.folder.path)
+        return checkpoint.path, f"{self.folder.key('training')}/{checkpoint.path.name}"
 
     @functools.cached_property
     def _trained(self) -> Transformer:
@@ -388,19 +345,23 @@ class Pipeline:
         model, _ = load(self._best[0])
         return model.to(self.device)
 
-    def evaluate(self) -> Evaluation:
-        """Loss, perplexity and bits per byte of the best checkpoint on the held-out text, beside gzip and xz."""
+    def evaluate(self, record: bool = True) -> Evaluation:
+        """Loss, perplexity and bits per byte of the best checkpoint on the held-out text, beside gzip and xz.
+
+        Args:
+            record: keep the result as the run's evaluation.json.
+        """
         from scratchlm.evaluate.compressors import compressed_sizes
         from scratchlm.evaluate.evaluation import evaluate_tokens
         from scratchlm.evaluate.metrics import Evaluation
+        from scratchlm.interop.native import precision_of
 
         data, started = self.data, time.perf_counter()
-        key = stable_hash({"model": self._best[1], "evaluate": plain(self.recipe.evaluate)})
+        key = _key("evaluate", model=self._best[1], evaluate=plain(self.recipe.evaluate))
         path = self.folder / "evaluation.json"
-        if self._keys().get("evaluate") == key and path.exists():
-            result = Evaluation.load(path)
-            self._finish("evaluate", None, "skipped", started)
-            return result
+        if record and self.folder.key("evaluate") == key and path.exists():
+            self.folder.finish("evaluate", None, "skipped", 0.0)
+            return Evaluation.load(path)
         held_out = data.split("validation")
         compressors = {}
         if self.recipe.evaluate.compressors:
@@ -412,82 +373,55 @@ class Pipeline:
             held_out,
             self.recipe.evaluate,
             compressors=compressors,
-            precision=self._precision,
+            precision=precision_of(self._best[0]),
+            document_boundaries=self.recipe.train.document_boundaries,
             show_progress=self.show_progress,
         )
-        result.save(path)
-        self._finish("evaluate", key, "built", started, f"{result.bits_per_byte:.4f} bits per byte")
+        if record:
+            result.save(path)
+            seconds = time.perf_counter() - started
+            self.folder.finish("evaluate", key, "built", seconds, f"{result.bits_per_byte:.4f} bits per byte")
         return result
 
-    def sample(self) -> list[tuple[str, str]]:
-        """One sample for each prompt, from the best checkpoint."""
-        from scratchlm.evaluate.samples import read_samples, write_samples
+    def sample(self) -> None:
+        """samples.txt: one continuation of each prompt, from the best checkpoint."""
+        from scratchlm.evaluate.samples import write_samples
         from scratchlm.generate import Generator
 
         started = time.perf_counter()
-        key = stable_hash({"model": self._best[1], "generate": plain(self.recipe.generate)})
-        path = self.folder / "samples.txt"
-        if self._keys().get("sample") == key and path.exists():
-            self._finish("sample", None, "skipped", started)
-            return [(prompt, continuation) for prompt, continuation in read_samples(path)]
         config = self.recipe.generate
-        texts = Generator(self._trained, self.tokenizer).generate(
-            config.prompts,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop=config.stop,
-            seed=config.seed,
-        )
-        samples = list(zip(config.prompts, texts, strict=True))
-        write_samples(path, samples)
-        self._finish("sample", key, "built", started, f"{len(samples)} samples")
-        return samples
+        key = _key("sample", model=self._best[1], generate=plain(config))
+        path = self.folder / "samples.txt"
+        if self.folder.key("sample") == key and path.exists():
+            self.folder.finish("sample", None, "skipped", 0.0)
+            return
+        generator = Generator(self._trained, self.tokenizer, separator_id=self.separator_id)
+        texts = generator.generate(config.prompts, config, show_progress=self.show_progress)
+        write_samples(path, zip(config.prompts, texts, strict=True))
+        self.folder.finish("sample", key, "built", time.perf_counter() - started, f"{len(texts)} samples")
 
-    def report(self) -> Path:
+    def report(self) -> None:
         """loss.png and report.html."""
         from scratchlm.evaluate.plots import plot_loss
         from scratchlm.evaluate.report import write_report
 
         started = time.perf_counter()
         shown = ("metrics.jsonl", "evaluation.json", "samples.txt", "recipe.toml", "environment.json")
-        key = stable_hash({name: file_hash(self.folder / name) for name in shown if (self.folder / name).exists()})
+        inputs = {name: file_hash(self.folder / name) for name in shown if (self.folder / name).exists()}
+        key = _key("report", **inputs)
         page, picture = self.folder / "report.html", self.folder / "loss.png"
-        if self._keys().get("report") == key and page.exists() and picture.exists():
-            self._finish("report", None, "skipped", started)
-            return page
-        path = self.folder / "evaluation.json"
-        compressors = read_json(path, "evaluation")["compressors"] if path.exists() else {}
+        if self.folder.key("report") == key and page.exists() and picture.exists():
+            self.folder.finish("report", None, "skipped", 0.0)
+            return
+        compressors = read_json(self.folder / "evaluation.json", "evaluation")["compressors"]
         yardsticks = {name: result["bits_per_byte"] for name, result in compressors.items()}
         plot_loss(self.folder / "metrics.jsonl", picture, yardsticks=yardsticks)
-        page = write_report(self.folder)
-        self._finish("report", key, "built", started)
-        return page
-
-    def run(self, until: str = "report") -> None:
-        """All steps up to and including `until`, each if it is not up to date."""
-        with self._only_one():
-            save_recipe(self.recipe, self.folder / "recipe.toml")
-            for step in STEPS[: STEPS.index(until) + 1]:
-                self._do(step)
-
-    def run_only(self, step: str) -> Any:
-        """One step, and of those before it what it reads; the run's recipe.toml stays as it is."""
-        with self._only_one():
-            return self._do(step)
-
-    def _do(self, step: str) -> Any:
-        result = getattr(self, step)  # the tokenizer and the data are made by asking for them
-        return result() if step not in ("tokenizer", "data") else result
+        write_report(self.folder.path)
+        self.folder.finish("report", key, "built", time.perf_counter() - started)
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Rename an existing run's folder to ``<name>.old-1`` (or the next free number); None if there is nothing."""
-    if not folder.exists():
-        return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target
+def separator_id(tokenizer: Tokenizer, recipe: Recipe) -> int:
+    """The id that ends documents: the first of the recipe's special tokens that the tokenizer has."""
+    specials = tokenizer.special_tokens
+    named = [token for token in recipe.tokenizer.special_tokens if token in specials]
+    return specials[named[0]] if named else next(iter(specials.values()))

@@ -41,7 +41,8 @@ def _pipeline(arguments: list[str], command: str) -> Pipeline:
         description="A recipe's fields as options. --fresh: move the existing run's folder aside and start anew.",
     )
     keep_freed_memory()
-    from scratchlm.pipeline import Pipeline, move_aside
+    from scratchlm.pipeline import Pipeline
+    from scratchlm.run_folder import move_aside
 
     if fresh and (moved := move_aside(recipe.folder)):
         say(f"{recipe.folder} moved to {moved}")
@@ -52,14 +53,14 @@ def run(arguments: list[str]) -> None:
     """``scratchlm run``: every step, then what came of it."""
     pipeline = _pipeline(arguments, "run")
     pipeline.run()
-    _summary(pipeline.folder)
+    _summary(pipeline.folder.path)
 
 
 def train(arguments: list[str]) -> None:
     """``scratchlm train``: tokenizer, data and training."""
     pipeline = _pipeline(arguments, "train")
     pipeline.run(until="train")
-    say(f"run folder: {pipeline.folder}")
+    say(f"run folder: {pipeline.folder.path}")
 
 
 def data_prepare(arguments: list[str]) -> None:

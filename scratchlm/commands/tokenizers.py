@@ -51,6 +51,8 @@ def train(arguments: list[str]) -> None:
     """``scratchlm tokenizer train [FILE …]``"""
     options = parse(TrainArguments, arguments, prog="scratchlm tokenizer train")
     out = options.out
+    if out.suffix not in ("", ".json"):
+        raise UserError(f"--out {out} is neither a .json file nor a folder for vocab.json and merges.txt")
     from scratchlm.data import open_corpus
     from scratchlm.tokenizer import train_bpe
 
@@ -203,9 +205,9 @@ def _read_ids(file: str) -> list[int]:
     except (ValueError, EOFError) as error:
         raise UserError(f"{file} holds no token ids: {error}") from error
     words = text.split()
-    wrong = next((word for word in words if not word.isdecimal()), None)
+    wrong = next((word for word in words if not (word.isdecimal() and len(word) < 20)), None)
     if wrong is not None:
-        raise UserError(f"{file}: {wrong!r} is no token id; ids are whole numbers separated by white space")
+        raise UserError(f"{file}: {wrong[:40]!r} is no token id; ids are whole numbers separated by white space")
     return [int(word) for word in words]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.recipes import print_table
 from scratchlm.commands.shared import DEVICE, corpus_of_files, say, write
-from scratchlm.config import EvaluateConfig, GenerateConfig, Recipe, load_recipe
+from scratchlm.config import EvaluateConfig, GenerateConfig, Recipe, load_recipe, plain
 from scratchlm.errors import UserError
-from scratchlm.section import Section
+from scratchlm.section import AnySection, Section, validate
 
 if TYPE_CHECKING:
     from scratchlm.evaluate.metrics import Evaluation
@@ -39,8 +40,11 @@ def _run_and_files(arguments: list[str], usage: str) -> tuple[Path, list[str], l
     return Path(positional[0]), positional[1:], rest
 
 
-def _section_of(kind: type[Section], section: Section) -> Any:
-    return kind(**{name: getattr(section, name) for name in type(section).model_fields})
+def _defaults(kind: type[AnySection], recipe: Recipe | None, section: str) -> AnySection:
+    """The run's own settings as defaults of a command's options."""
+    if recipe is None:
+        return kind()
+    return kind(**{**dict(getattr(recipe, section)), "device": recipe.device})
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -50,39 +54,61 @@ def evaluate(arguments: list[str]) -> None:
         parse(EvaluateArguments, ["--help"], prog=usage)
     folder, files, rest = _run_and_files(arguments, usage)
     recipe = _saved_recipe(folder)
-    default = _section_of(EvaluateArguments, recipe.evaluate if recipe else EvaluateConfig())
+    default = _defaults(EvaluateArguments, recipe, "evaluate")
     options = parse(EvaluateArguments, rest, prog=usage, default=default)
     keep_freed_memory()
-    if not files:
-        from scratchlm.interop.native import best_checkpoint
-        from scratchlm.pipeline import Pipeline
-
-        best_checkpoint(folder)  # says what is wrong with a folder that holds no trained model
-        if recipe is None:
-            raise UserError(f"{folder} is no run with a recipe.toml; name the files to evaluate on: {usage}")
-        config = EvaluateConfig(**{name: getattr(options, name) for name in EvaluateConfig.model_fields})
-        pipeline = Pipeline(
-            recipe.model_copy(update={"out": folder, "evaluate": config, "device": options.device}), say=say
-        )
-        print_table(pipeline.run_only("evaluate"))
-        return
-    print_table(_evaluate_files(folder, files, options))
+    result = _evaluate_files(folder, files, options, recipe) if files else _evaluate_run(folder, options, recipe)
+    print_table(result)
 
 
-def _evaluate_files(folder: Path, files: list[str], options: EvaluateArguments) -> Evaluation:
+def _config(kind: type[AnySection], options: Section) -> AnySection:
+    return kind(**{name: getattr(options, name) for name in kind.model_fields})
+
+
+def _evaluate_run(folder: Path, options: EvaluateArguments, recipe: Recipe | None) -> Evaluation:
+    """On the run's own held-out text; kept in the run only if these are the run's own settings."""
+    from scratchlm.interop.native import best_checkpoint
+    from scratchlm.pipeline import Pipeline
+
+    best_checkpoint(folder)  # says what is wrong with a folder that holds no trained model
+    if recipe is None:
+        raise UserError(f"{folder} is no run with a recipe.toml; name the files to evaluate on after it")
+    config = _config(EvaluateConfig, options)
+    given = validate(
+        Recipe, {**plain(recipe), "out": folder, "evaluate": plain(config), "device": options.device}, "evaluate"
+    )
+    pipeline = Pipeline(given, say=say, finished=True)
+    own = config == recipe.evaluate
+    with pipeline.folder.locked() if own else contextlib.nullcontext():
+        return pipeline.evaluate(record=own)
+
+
+def _evaluate_files(
+    folder: Path, files: list[str], options: EvaluateArguments, recipe: Recipe | None
+) -> Evaluation:
+    """On all documents of `files`, computed as the run's own evaluation is."""
     from scratchlm.data import open_corpus
     from scratchlm.evaluate.compressors import compressed_sizes
     from scratchlm.evaluate.evaluation import evaluate_tokens, tokenise
-    from scratchlm.interop.native import load
+    from scratchlm.interop.native import best_checkpoint, load, precision_of
+    from scratchlm.pipeline import separator_id
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer.json, which is needed to read text")
     corpus = open_corpus(corpus_of_files(files))
-    with tokenise(corpus, tokenizer) as tokens:
+    separator = separator_id(tokenizer, recipe or Recipe())
+    with tokenise(corpus, tokenizer, separator_id=separator) as tokens:
         sizes = compressed_sizes(corpus.bytes_of("train"), total=tokens.bytes) if options.compressors else None
-        return evaluate_tokens(model.to(choose_device(options.device)), tokens, options, compressors=sizes)
+        return evaluate_tokens(
+            model.to(choose_device(options.device)),
+            tokens,
+            options,
+            compressors=sizes,
+            precision=precision_of(best_checkpoint(folder).path),
+            document_boundaries=recipe is not None and recipe.train.document_boundaries,
+        )
 
 
 class GenerateArguments(GenerateConfig):
@@ -100,20 +126,22 @@ def generate(arguments: list[str]) -> None:
     if files:
         raise UserError(f"unexpected argument {files[0]!r}; a prompt is given as --prompts {files[0]!r}")
     recipe = _saved_recipe(folder)
-    default = _section_of(GenerateArguments, recipe.generate if recipe else GenerateConfig())
+    default = _defaults(GenerateArguments, recipe, "generate")
     options = parse(GenerateArguments, rest, prog=usage, default=default)
     if not options.prompts:
         raise UserError("generate.prompts is empty; give at least one text: --prompts 'def '")
     keep_freed_memory()
     from scratchlm.generate import Generator
     from scratchlm.interop.native import load
+    from scratchlm.pipeline import separator_id
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer.json, which is needed to read a prompt")
-    generator = Generator(model.to(choose_device(options.device)), tokenizer)
-    config = GenerateConfig(**{name: getattr(options, name) for name in GenerateConfig.model_fields})
+    separator = separator_id(tokenizer, recipe or Recipe()) if tokenizer.special_tokens else None
+    generator = Generator(model.to(choose_device(options.device)), tokenizer, separator_id=separator)
+    config = _config(GenerateConfig, options)
     if len(config.prompts) == 1:
         pieces = generator.stream(config.prompts[0], config)
         write(config.prompts[0])
@@ -121,5 +149,6 @@ def generate(arguments: list[str]) -> None:
             write(piece)
         write("\n")
         return
-    for prompt, text in zip(config.prompts, generator.generate(config.prompts, config), strict=True):
+    texts = generator.generate(config.prompts, config, show_progress=True)
+    for prompt, text in zip(config.prompts, texts, strict=True):
         write(f"{prompt}{text}\n\n")

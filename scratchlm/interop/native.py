@@ -21,9 +21,15 @@ def best_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     newest = checkpoint_at(Path(folder))
     if newest.path == Path(folder) or not (newest.path / "state.json").exists():
         return newest
-    best = newest.state().get("progress", {}).get("best_step")
+    best = newest.progress().best_step
     path = newest.path.with_name(f"step-{best:08d}") if best is not None else newest.path
-    return Checkpoint(path, best) if path.is_dir() else newest
+    return Checkpoint(path, best) if best is not None and path.is_dir() else newest
+
+
+def precision_of(checkpoint: str | os.PathLike[str]) -> str:
+    """The precision a checkpoint was trained in; ``fp32`` where it does not say."""
+    path = Path(checkpoint)
+    return Checkpoint(path, 0).progress().precision if (path / "state.json").exists() else "fp32"
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[Transformer, Tokenizer | None]:
@@ -33,7 +39,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[Transformer, Tokenizer | None]
         folder: a run, a checkpoint, or what :func:`save` wrote.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or its tokenizer has more ids than the model.
+        UserError: there is no checkpoint, it is damaged, or its tokenizer is not the one it was trained with.
     """
     checkpoint = best_checkpoint(folder)
     raw = read_json(checkpoint.path / "config.json", "model config")
@@ -45,11 +51,13 @@ def load(folder: str | os.PathLike[str]) -> tuple[Transformer, Tokenizer | None]
     load_weights(model, checkpoint)
     path = checkpoint.path / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if path.exists() else None
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} ids, the model beside it {model.config.vocab_size}: "
-            "the tokenizer does not belong to this checkpoint"
-        )
+    if tokenizer is not None:
+        trained_with = checkpoint.tokenizer_hash()
+        if trained_with not in (None, tokenizer.content_hash) or tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{path} does not belong to this checkpoint: the model was trained with another tokenizer; "
+                "put the right file back"
+            )
     return model.eval(), tokenizer
 
 
@@ -76,6 +84,4 @@ def save(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another one")
     with atomic_directory(target) as temporary:
-        save_weights(model, temporary)
-        if tokenizer is not None:
-            tokenizer.save(temporary / "tokenizer.json")
+        save_weights(model, temporary, tokenizer)

@@ -12,15 +12,17 @@ Only safetensors and JSON: nothing in a checkpoint is code.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,8 +31,31 @@ from scratchlm.files import atomic_directory, read_json, write_json
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
 from scratchlm.section import validate
+from scratchlm.tokenizer import Tokenizer
 
 _NAME = re.compile(r"step-(\d+)")
+
+
+FORMAT_VERSION = 1
+"""Raised when a change makes old checkpoints continue differently: they are then not resumed."""
+
+
+@dataclass
+class Progress:
+    """Everything of the loop's state that is not a tensor; goes into ``state.json`` and comes back exactly."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # since the last line of metrics
+    loss_steps: int = 0
+    skipped: int = 0  # steps with a non-finite loss or gradient, in all
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    precision: str = "fp32"
+    compile: str = "off"
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,30 @@ class Checkpoint:
         """What ``state.json`` holds."""
         state: dict[str, Any] = read_json(self.path / "state.json", "checkpoint state")
         return state
+
+    def progress(self) -> Progress:
+        """The loop's part of the state.
+
+        Raises:
+            UserError: it is damaged, or of another version of scratchlm.
+        """
+        saved = self.state().get("progress")
+        version = saved.get("format_version") if isinstance(saved, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} was written by a version of scratchlm that trains differently; "
+                "start a new run with another --out"
+            )
+        try:
+            return TypeAdapter(Progress).validate_python(saved)
+        except ValidationError as error:
+            raise UserError(f"{self.path / 'state.json'} is damaged; use another checkpoint") from error
+
+    def tokenizer_hash(self) -> str | None:
+        """`content_hash` of the tokenizer the weights were trained with, if they name one."""
+        with _reading(self.path / "model.safetensors"), safe_open(self.path / "model.safetensors", "pt") as file:
+            found: str | None = (file.metadata() or {}).get("tokenizer")
+            return found
 
     def config(self) -> ModelConfig:
         """The architecture of the saved weights."""
@@ -60,15 +109,21 @@ class Checkpoint:
         return _load(self.path / "optimizer.safetensors")
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return load_file(path)
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; the checkpoint is incomplete, use another one") from error
     except SafetensorError as error:
         raise UserError(
             f"{path} cannot be read ({error}); the file is cut off or damaged, use another one"
         ) from error
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with _reading(path):
+        return load_file(path)
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -102,7 +157,7 @@ def save_checkpoint(
     model: Transformer,
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    tokenizer: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Checkpoint:
     """Write ``folder/step-XXXXXXXX``, complete or not at all.
 
@@ -111,24 +166,35 @@ def save_checkpoint(
     """
     target = folder / f"step-{step:08d}"
     with atomic_directory(target) as temporary:
-        save_weights(model, temporary)
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in optimizer.items()},
-            temporary / "optimizer.safetensors",
-        )
+        save_weights(model, temporary, tokenizer)
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in optimizer.items()}
+        _save(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", dict(state))
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
     return Checkpoint(target, step)
 
 
-def save_weights(model: Transformer, folder: Path) -> None:
-    """Write ``model.safetensors`` and ``config.json`` into `folder`; a tied head is stored once, as the embedding."""
+def save_weights(model: Transformer, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into `folder`.
+
+    A tied head is stored once, as the embedding. The weights' metadata names the tokenizer by its hash, so that another
+    one beside them is noticed.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied_embeddings:
         weights.pop("head.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    if tokenizer is not None:
+        metadata["tokenizer"] = tokenizer.content_hash
+        tokenizer.save(folder / "tokenizer.json")
+    _save(weights, folder / "model.safetensors", metadata)
     write_json(folder / "config.json", model.config.model_dump(mode="json"))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # how the library reports the system's refusal
+        raise UserError(f"cannot write {path} ({error}); free some space, or choose another place") from error
 
 
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:

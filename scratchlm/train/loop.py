@@ -20,8 +20,10 @@ from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.progress import progress
+from scratchlm.tokenizer import Tokenizer
 from scratchlm.train.checkpoint import (
     Checkpoint,
+    Progress,
     checkpoints,
     generator_states,
     load_weights,
@@ -30,12 +32,8 @@ from scratchlm.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from scratchlm.train.loss import Batch
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
-
-FORMAT_VERSION = 1
-"""Raised when a change makes old checkpoints continue differently: they are then not resumed."""
 
 
 class Loader(Protocol):
@@ -65,24 +63,6 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Progress:
-    """Everything of the loop's state that is not a tensor; goes into ``state.json`` and comes back exactly."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0  # since the last line of metrics
-    loss_steps: int = 0
-    skipped: int = 0  # steps with a non-finite loss or gradient, in all
-    skipped_in_a_row: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    precision: str = "fp32"
-    compile: str = "off"
-    format_version: int = FORMAT_VERSION
-
-
-@dataclass
 class Trainer:
     """Trains `model` and leaves metrics and checkpoints behind.
 
@@ -96,7 +76,7 @@ class Trainer:
         device: where to train.
         validate: returns at least ``{"loss": nats per token}`` for the whole validation set; None: no validation.
         trackers: called with every line of metrics, after it is on disk.
-        tokenizer: file copied into every checkpoint.
+        tokenizer: saved in every checkpoint; a run resumes with the same one only.
         say: receives one-line messages for the user.
         show_progress: show the bar.
     """
@@ -110,7 +90,7 @@ class Trainer:
     device: torch.device
     validate: Callable[[], Mapping[str, float]] | None = None
     trackers: Callable[[Mapping[str, Any]], None] = lambda record: None
-    tokenizer: Path | None = None
+    tokenizer: Tokenizer | None = None
     say: Callable[[str], None] = print
     show_progress: bool = True
     state: Progress = field(default_factory=Progress)
@@ -146,19 +126,25 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def _start(self) -> None:
-        """Resume from the newest checkpoint, or decide how to compute and begin."""
-        if found := checkpoints(self._checkpoints):
+        """Resume from the newest checkpoint, or begin; decide how to compute.
+
+        A resumed run computes as it did before, so that it goes on to the last digit, unless the recipe now demands
+        something else.
+        """
+        config = self.config
+        found = checkpoints(self._checkpoints)
+        if found:
             self._resume(found[-1])
-            decisions = [Decision(self.state.precision, "as before"), Decision(self.state.compile, "as before")]
-            if decisions[1].value == "on":  # the compiler may have gone since
-                decisions[1] = choose_compile("auto", self.device, max(self.config.steps, 1000))
         else:
             self.metrics.truncate_after(-1)
-            decisions = [
-                choose_precision(self.config.precision, self.device),
-                choose_compile(self.config.compile, self.device, self.config.steps),
-            ]
-        precision, compiling = decisions
+        if found and config.precision == "auto":
+            precision = Decision(self.state.precision, "as before")
+        else:
+            precision = choose_precision(config.precision, self.device)
+        if found and config.compile == "auto" and self.state.compile == "off":
+            compiling = Decision("off", "as before")
+        else:  # asked anew even if it was on: the compiler may have gone since
+            compiling = choose_compile(config.compile, self.device, config.steps)
         self.state.precision, self.state.compile = precision.value, compiling.value
         self.say(
             f"training on {self.device.type}: {precision.value} ({precision.reason}), "
@@ -168,24 +154,24 @@ class Trainer:
             self.loss.compile()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.state()
-        if saved.get("progress", {}).get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{checkpoint.path} was written by a version of scratchlm that trains differently; "
-                "start a new run with another --out"
-            )
+        progress = checkpoint.progress()
         if (differing := _first_difference(checkpoint.config(), self.model.config)) is not None:
             name, then, now = differing
             raise UserError(
                 f"{checkpoint.path} holds a model with {name} = {then}, the recipe says {now}: "
                 "resume with the same model section, or start a new run with another --out"
             )
+        if self.tokenizer is not None and checkpoint.tokenizer_hash() not in (None, self.tokenizer.content_hash):
+            raise UserError(
+                f"{checkpoint.path} was trained with another tokenizer: resume with that one, "
+                "or start a new run with another --out"
+            )
         load_weights(self.model, checkpoint)
         tensors = checkpoint.optimizer()
         restore_generators(tensors, self.device)
         self.optimizers.load_named_state({k: v for k, v in tensors.items() if not k.startswith("rng.")})
-        self.loader.load_state_dict(saved["loader"])
-        self.state = Progress(**saved["progress"])
+        self.loader.load_state_dict(checkpoint.state()["loader"])
+        self.state = progress
         self.metrics.truncate_after(self.state.step)
         self.say(f"resuming from step {self.state.step:,} of {self.config.steps:,}")
 
@@ -210,14 +196,14 @@ class Trainer:
                 improved = False
                 if last or state.step % config.eval_interval == 0:
                     improved = self._evaluate()
-                if last or improved or self._signal is not None or state.step % config.checkpoint_interval == 0:
+                stop = self._signal  # read once: it may come at any moment
+                if last or improved or stop is not None or state.step % config.checkpoint_interval == 0:
                     self._save()
-                if self._signal is not None and not last:
-                    name = signal.Signals(self._signal).name
+                if stop is not None:
                     raise Interrupted(
-                        f"{name}: stopped after step {state.step:,} of {config.steps:,}; the checkpoint is written, "
-                        "the same command goes on from there",
-                        self._signal,
+                        f"{signal.Signals(stop).name}: stopped after step {state.step:,} of {config.steps:,}; "
+                        "the checkpoint is written, the same command goes on from there",
+                        stop,
                     )
         if config.steps == 0:
             self._save()
@@ -227,15 +213,18 @@ class Trainer:
         config = self.config
         micro_batches = _split(self.loader.next_batch(), config.accumulation)
         tokens = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
-        total = torch.zeros((), device=self.device)
         self.optimizers.set_lr(lr_multiplier(self.state.step, config.steps, self.optim))
-        self.optimizers.zero_grad()  # 2
-        for batch in micro_batches:
-            batch = batch.to(self.device)  # 1: batch to device
-            loss = self._forward_backward(batch, tokens)  # 3, 4, 5: forward, loss, backward
-            total += loss
-        norm_limit = self.optim.grad_clip or math.inf
-        norm = float(clip_grad_norm(self.parameters, norm_limit))
+        try:
+            total = self._gradients(micro_batches, tokens)
+        except Exception as error:
+            if not self.loss.compiled or not _is_compiler_error(error):
+                raise
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            self.say(f"torch.compile failed ({first_line}): going on without it, slower")
+            self.loss.eager()
+            self.state.compile = "off"
+            total = self._gradients(micro_batches, tokens)
+        norm = float(clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf))
         mean = float(total) / max(tokens, 1)
         if math.isfinite(mean) and math.isfinite(norm):
             self.optimizers.step()  # 6
@@ -243,24 +232,19 @@ class Trainer:
             return mean, norm, tokens
         return self._skip(mean, norm), norm, tokens
 
-    def _forward_backward(self, batch: Batch, tokens: int) -> Tensor:
-        """Add this micro-batch's gradients; the sum is divided by all of the step's tokens, so that accumulation is exact."""
-        try:
+    def _gradients(self, micro_batches: list[Any], tokens: int) -> Tensor:
+        """The gradient of the step's mean loss, summed over micro-batches; returns the summed loss.
+
+        Each part is divided by all of the step's tokens, so that accumulation equals the big batch exactly.
+        """
+        total = torch.zeros((), device=self.device)
+        self.optimizers.zero_grad()  # 2
+        for batch in micro_batches:
             with autocast(self.state.precision, self.device):
-                loss = self.loss(batch)
-            (loss / max(tokens, 1)).backward()
-        except Exception as error:
-            if not self.loss.compiled or not _is_compiler_error(error):
-                raise
-            first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            self.say(f"torch.compile failed ({first_line}): going on without it, slower")
-            self.loss.eager()
-            self.state.compile = "off"
-            self.optimizers.zero_grad()
-            with autocast(self.state.precision, self.device):
-                loss = self.loss(batch)
-            (loss / max(tokens, 1)).backward()
-        return loss.detach()
+                loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
+            (loss / max(tokens, 1)).backward()  # 5
+            total += loss.detach()
+        return total
 
     def _skip(self, loss: float, norm: float) -> float:
         """The policy for a loss or gradient that is not finite: leave the weights alone, count, stop after too many."""
@@ -272,7 +256,7 @@ class Trainer:
         if state.skipped_in_a_row > self.config.max_non_finite:
             raise UserError(
                 f"training stopped at step {state.step + 1}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
-                f"that is not finite; lower optim.lr or raise optim.warmup_steps (last checkpoint: {self._checkpoints})"
+                f"that is not finite; begin anew (--fresh, or another --out) with a lower optim.lr or more optim.warmup_steps"
             )
         self.say(message)
         return loss
@@ -295,7 +279,8 @@ class Trainer:
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
         self.say(f"step {state.step:,}: validation loss {result['loss']:.4f}{bits}")
         self._interval = (time.perf_counter(), state.tokens)  # validation does not count as training speed
-        if state.best_loss is None or result["loss"] < state.best_loss:
+        best = math.inf if state.best_loss is None else state.best_loss
+        if result["loss"] < best:  # never true of NaN
             state.best_loss, state.best_step = result["loss"], state.step
             return True
         return False
@@ -335,6 +320,7 @@ class Trainer:
         saved = {"progress": vars(state), "loader": self.loader.state_dict()}
         save_checkpoint(self._checkpoints, state.step, self.model, tensors, saved, self.tokenizer)
         prune(self._checkpoints, self.config.keep_checkpoints, state.best_step)
+        self._interval = (time.perf_counter(), state.tokens)  # nor does writing checkpoints
 
     def _update_bar(self, bar: Any, loss: float) -> None:
         since, tokens = self._interval

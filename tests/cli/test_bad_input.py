@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from small_run import RECIPE, last_checkpoint
 
 from scratchlm.cli import main
+from scratchlm.files import lock
 
 
 def edited(old: str, new: str) -> Callable[[Path], None]:
@@ -80,6 +83,24 @@ BEFORE_ANYTHING: dict[str, tuple[Callable[[Path], None], str, str]] = {
         RUN,
         r"'<a>' twice",
     ),
+    "path through a file": (nothing, "run small.toml/x.toml", r"small.toml/x.toml cannot be read"),
+    "a name too long for any system": (nothing, f"run {'x' * 300}.toml", r"cannot be read: File name too long"),
+    "a run's name too long": (nothing, f"evaluate {'x' * 300}", r"File name too long"),
+    "output through a file": (nothing, RUN + " --out corpus.txt/run", r"corpus.txt/run.*Not a directory"),
+    "seed beyond 64 bits": (nothing, RUN + " --seed 99999999999999999999", r"seed = 99999999999999999999"),
+    "stride longer than the context": (nothing, RUN + " --evaluate.stride 64", r"evaluate.stride = 64 is longer"),
+    "window longer than the context": (
+        nothing,
+        RUN + " --evaluate.context-length 64",
+        r"evaluate.context_length = 64",
+    ),
+    "device that is not there": (nothing, RUN + " --device cuda:63", r"cuda:63 is not available"),
+    "fresh over something else": (
+        lambda folder: ((folder / "out").mkdir(), (folder / "out/thesis.tex").write_text("mine"))[0],
+        RUN + " --out out --fresh",
+        r"not a run's folder, so --fresh leaves it alone",
+    ),
+    "fresh over the working directory": (nothing, RUN + " --out . --fresh", r"--fresh"),
     "no special token": (edited("vocab_size = 300", "special_tokens = []"), RUN, r"special_tokens is empty"),
     "vocabulary smaller than bytes and specials": (
         edited("vocab_size = 300", 'vocab_size = 257\nspecial_tokens = ["<a>", "<b>"]'),
@@ -161,6 +182,16 @@ BEFORE_ANYTHING: dict[str, tuple[Callable[[Path], None], str, str]] = {
         wrote("ids.txt", b"12 and 13"),
         "tokenizer decode big.json ids.txt",
         r"'and' is no token id",
+    ),
+    "tokenizer into a file of another kind": (
+        nothing,
+        "tokenizer train corpus.txt --out t.txt",
+        r"neither a .json",
+    ),
+    "decoding a number too long": (
+        wrote("ids.txt", b"9" * 5000),
+        "tokenizer decode big.json ids.txt",
+        r"is no token id",
     ),
     "decoding an id that is none": (
         wrote("ids.txt", b"99999999"),
@@ -245,6 +276,24 @@ def other_tokenizer(folder: Path) -> None:
         shutil.copy(folder / "other.json", path)
 
 
+def equal_size_tokenizer(folder: Path) -> None:
+    """As many ids as the checkpoint's, but others."""
+    (folder / "zeros.txt").write_text("".join(f"{n:04d} " for n in range(3000)))
+    main(["tokenizer", "train", "zeros.txt", "--vocab-size", "300", "--out", "other.json"])
+    for path in folder.glob("runs/small/checkpoints/*/tokenizer.json"):
+        shutil.copy(folder / "other.json", path)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+def damaged_state(folder: Path) -> None:
+    edit_json(last_checkpoint(folder / "runs/small") / "state.json", progress={"format_version": 1, "step": "x"})
+
+
 def without_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "runs/small/checkpoints")
 
@@ -253,6 +302,10 @@ AGAIN = "run small.toml --train.steps 6"
 
 AFTER_A_RUN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "shard cut off": (lambda f: cut(shard(f)), AGAIN + " --out runs/b", r"train-00000.bin"),
+    "shard with one bit changed": (lambda f: flip(shard(f)), AGAIN + " --out runs/b", r"train-00000.bin is damaged.*digest"),
+    "equally large tokenizer of another text": (equal_size_tokenizer, "generate runs/small", r"does not belong"),
+    "damaged state": (damaged_state, "evaluate runs/small", r"state.json is damaged"),
+    "another process at work": (nothing, AGAIN + " --fresh --out runs/locked", r"another process is working"),
     "shard gone": (lambda f: shard(f).unlink(), AGAIN + " --out runs/b", r"train-00000.bin"),
     "manifest cut off": (
         lambda f: cut(next(f.glob("runs/cache/data/*/manifest.json"))),
@@ -308,9 +361,12 @@ def test_bad_input_after_a_run(
     damage, command, message = AFTER_A_RUN[case]
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    shutil.copytree("runs/small", "runs/locked")
+    busy = lock("runs/locked/.lock", wait=False)
     damage(tmp_path / "copy")
     before = contents(tmp_path / "copy/runs/small")
-    fails(command, message, capfd)
+    with busy:
+        fails(command, message, capfd)
     assert contents(tmp_path / "copy/runs/small") | before == contents(tmp_path / "copy/runs/small")
 
 
@@ -343,3 +399,23 @@ def test_no_compiler_is_an_error_only_if_one_is_demanded(
     fails("train small.toml --train.compile on", r"no C\+\+ compiler was found", capfd)
     assert main(["train", "small.toml", "--train.compile", "auto", "--train.steps", "120"]) == 0
     assert "no C++ compiler found: running eager" in capfd.readouterr().out
+
+
+def test_a_real_full_disk_while_a_checkpoint_is_written(small: Path) -> None:
+    """The system refuses to let a file grow beyond 100 kB, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    script = (
+        "import resource, signal, sys\n"
+        "from scratchlm.cli import main\n"
+        "main(['data', 'prepare', 'small.toml'])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(['train', 'small.toml']))\n"
+    )
+    assert resource
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("scratchlm: error")]
+    assert len(errors) == 1 and "safetensors" in errors[0]
+    assert not list((small / "runs/small/checkpoints").glob("*step*"))
+    assert main(["train", "small.toml", "--train.steps", "24"]) == 0

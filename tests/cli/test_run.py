@@ -15,6 +15,8 @@ from small_run import last_checkpoint, records
 
 from scratchlm.cli import main
 from scratchlm.config import load_recipe
+from scratchlm.pipeline import VERSIONS
+from scratchlm.run_folder import _ROUNDING
 
 SIX = ["--train.steps", "6"]
 
@@ -51,8 +53,9 @@ def test_a_run_leaves_what_it_promises(small: Path, capfd: pytest.CaptureFixture
     assert promised <= names
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     evaluation = json.loads((run / "evaluation.json").read_text())
-    for figure in ("loss", "perplexity", "bits_per_byte"):
-        assert f"{evaluation[figure]:.4f}"[:5] in out
+    assert f"{evaluation['loss']:.4f}" in out
+    assert f"{evaluation['perplexity']:.2f}" in out
+    assert f"{evaluation['bits_per_byte']:.4f}" in out
     for name in ("gzip -9", "xz -9e"):
         assert f"{evaluation['compressors'][name]['bits_per_byte']:.4f}" in out
     assert "training speed, tokens/s" in out
@@ -124,12 +127,54 @@ def test_touching_a_file_changes_nothing_but_its_content_does(
     assert verbs(lines(capfd, *command)) == {"tokenizer": "done", "data": "done"}
 
 
+@pytest.mark.parametrize("step", ["tokenizer", "data", "evaluate", "sample", "report"])
 def test_code_versions_that_matter_are_inputs(
-    small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    step: str, small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines(capfd, "data", "prepare", "small.toml")
-    monkeypatch.setattr("scratchlm.pipeline.TOKENIZER_VERSION", 10_000)
-    assert verbs(lines(capfd, "data", "prepare", "small.toml"))["tokenizer"] == "done"
+    command = ["run", "small.toml", *SIX]
+    if step in ("tokenizer", "data"):
+        command = ["data", "prepare", "small.toml"]
+    lines(capfd, *command)
+    monkeypatch.setitem(VERSIONS, step, 10_000)
+    assert verbs(lines(capfd, *command))[step] == "done"
+
+
+@pytest.mark.parametrize("name", sorted(_ROUNDING))
+def test_another_way_to_compute_the_same_may_go_on(
+    name: str, small: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        "device": "cpu",
+        "threads": "1",
+        "model.kernels": "reference",
+        "model.attention_kernel": "sdpa",
+        "train.precision": "bf16",
+        "train.compile": "auto",
+        "train.loss_kernel": "reference",
+        "optim.implementation": "reference",
+    }
+    lines(capfd, "train", "small.toml", *SIX)
+    shutil.rmtree(last_checkpoint(small / "runs/small"))
+    assert main(["train", "small.toml", *SIX, f"--{name.replace('_', '-')}", values[name]]) == 0
+    out = capfd.readouterr().out
+    assert f"going on with another {name}: results may differ in the last digits" in out
+    assert re.search(r"^train +resumed and done", out, re.MULTILINE)
+
+
+def test_where_and_how_to_work_may_change_in_a_run(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines(capfd, "run", "small.toml", *SIX)
+    changes = [
+        "--data.workers",
+        "2",
+        "--train.eval-interval",
+        "3",
+        "--train.keep-checkpoints",
+        "1",
+        "--train.log-interval",
+        "2",
+    ]
+    said = lines(capfd, "run", "small.toml", *SIX, *changes, "--model.vocab-size", "300")
+    assert verbs(said) == {**dict.fromkeys(ALL, "up"), "report": "done"}
 
 
 def test_training_that_was_cut_off_is_resumed_and_said(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +211,39 @@ def test_each_step_alone_builds_on_those_before(small: Path, capfd: pytest.Captu
     assert said == {**dict.fromkeys(ALL, "up"), "sample": "done", "report": "done"}
 
 
+def test_evaluating_otherwise_leaves_the_runs_own_figures(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines(capfd, "run", "small.toml", *SIX)
+    own = (small / "runs/small/evaluation.json").read_bytes()
+    assert main(["evaluate", "runs/small", "--stride", "8", "--compressors", "False"]) == 0
+    assert "gzip" not in capfd.readouterr().out
+    assert (small / "runs/small/evaluation.json").read_bytes() == own
+    assert verbs(lines(capfd, "run", "small.toml", *SIX)) == dict.fromkeys(ALL, "up")
+
+
+def test_a_terminal_without_unicode_is_no_error(small: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for command in (["--help"], ["run", "small.toml", "--train.steps", "0"]):
+        done = subprocess.run([sys.executable, "-m", "scratchlm", *command], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_recipe_named_with_spaces(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(small / "small.toml", small / "my first run.toml")
+    lines(capfd, "data", "prepare", "my first run.toml")
+    assert (small / "runs/my-first-run/tokenizer.json").exists()
+
+
+def test_seconds_of_a_resumed_training_are_all_of_them(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines(capfd, "train", "small.toml")
+    whole = json.loads((last_checkpoint(small / "runs/small") / "state.json").read_text())["progress"]["seconds"]
+    shutil.rmtree(last_checkpoint(small / "runs/small"))
+    lines(capfd, "train", "small.toml")
+    timings = json.loads((small / "runs/small/timings.json").read_text())
+    state = json.loads((last_checkpoint(small / "runs/small") / "state.json").read_text())["progress"]
+    assert timings["train"] == {"seconds": pytest.approx(state["seconds"], abs=0.01), "action": "resumed"}
+    assert state["seconds"] > 0.5 * whole
+
+
 def test_fresh_moves_the_old_run_aside(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines(capfd, "train", "small.toml", *SIX)
     weights = (last_checkpoint(small / "runs/small") / "model.safetensors").read_bytes()
@@ -187,29 +265,21 @@ def test_a_second_process_is_kept_out(small: Path, capfd: pytest.CaptureFixture[
     assert "another process is working in runs/small" in capfd.readouterr().err
 
 
-def test_evaluating_files(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    lines(capfd, "train", "small.toml", *SIX)
-    capfd.readouterr()
-    (small / "other.jsonl").write_text(
-        json.dumps({"text": "def total(x):"}) + "\n" + json.dumps({"text": "é"}) + "\n"
-    )
-    assert main(["evaluate", "runs/small", "other.jsonl", "--compressors", "False"]) == 0
-    out = capfd.readouterr().out
-    assert "15 held-out bytes in 2 documents" in out
-    assert "gzip" not in out
-    # the same figure as a loop over the text by hand
-    import torch
+def test_the_held_out_text_as_a_file_gives_the_runs_own_figure(
+    small: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from scratchlm.data import open_corpus
 
-    from scratchlm.interop import load
-
-    model, tokenizer = load("runs/small")
-    assert tokenizer is not None
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    ids = [*tokenizer.encode("def total(x):"), end, *tokenizer.encode("é"), end]
-    logits = model.double()(torch.tensor([ids[:-1]]))
-    first = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids[1:]))
-    shown = float(re.search(r"nats per token\s*│\s*([\d.]+)", out)[1])  # type: ignore[index]
-    assert shown == pytest.approx(float(first), abs=0.15 * float(first))
+    documents = open_corpus(load_recipe("small.toml").corpus).documents("validation")
+    (small / "held-out.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    for options in ([], ["--train.precision", "bf16", "--train.document-boundaries", "True"]):
+        out = f"runs/{len(options)}"
+        lines(capfd, "run", "small.toml", *SIX, "--out", out, *options)
+        figures = json.loads((small / out / "evaluation.json").read_text())
+        assert main(["evaluate", out, "held-out.jsonl"]) == 0
+        shown = capfd.readouterr().out
+        for figure in (f"{figures['loss']:.4f}", f"{figures['bits_per_byte']:.4f}", f"{figures['text_bytes']:,}"):
+            assert figure in shown
 
 
 def test_generate_streams_and_batches(small: Path, capfd: pytest.CaptureFixture[str]) -> None:

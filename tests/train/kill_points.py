@@ -98,7 +98,7 @@ KILL_POINTS: dict[str, Callable[[], None]] = {
     "in the first step": lambda: at_call(scratchlm.optim.build.Optimizers, "step", 1),
     "before the first checkpoint": lambda: at_call(scratchlm.optim.build.Optimizers, "step", 4),
     "between checkpoints": lambda: at_call(scratchlm.optim.build.Optimizers, "step", 13),
-    "in the backward pass": lambda: at_call(loop.Trainer, "_forward_backward", 17, after=True),
+    "in the backward pass": lambda: at_call(loop.Trainer, "_gradients", 17, after=True),
     "in the validation": lambda: at_call(scratchlm.evaluate.metrics, "_summed_nats", 3),
     "writing the first checkpoint's weights": lambda: at_call(checkpoint, "save_file", 1, half_a_file),
     "writing a checkpoint's weights": lambda: at_call(checkpoint, "save_file", 5, half_a_file),

@@ -221,6 +221,82 @@ def test_a_failing_compiler_does_not_stop_the_run(tmp_path: Path, monkeypatch: p
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_compiler_that_fails_late_in_a_step_costs_no_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second micro-batch's failure must not lose the first one's part."""
+    from torch._inductor.exc import InductorError
+
+    models = {}
+    for broken in (False, True):
+        model = Transformer(MODEL, seed=0)
+        loss = NextTokenLoss(model)
+        calls = [0]
+
+        def body(*arguments: Any, model: Transformer = model, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise InductorError(RuntimeError("late"), None)
+            return model.body(*arguments)
+
+        if broken:
+            loss.body, loss.compiled = body, True
+            monkeypatch.setattr(loss, "compile", lambda: None)
+        options = {"optimizer": "sgd", "lr": 0.5, "grad_clip": 0}
+        train = {"accumulation": 2, "steps": 1}
+        trainer(tmp_path / str(broken), model, loss=loss, said=[], train=train, optim=options).fit()
+        models[broken] = model
+    for left, right in zip(models[False].parameters(), models[True].parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    losses = iter([math.nan, 2.0, math.nan])
+    run = trainer(tmp_path, validate=lambda: {"loss": next(losses)}, train={"steps": 3, "eval_interval": 1})
+    assert run.fit().best_step == 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_during_a_step_ends_the_run_with_its_checkpoint(tmp_path: Path, last: bool) -> None:
+    import os
+    import signal
+
+    step = 6 if last else 3
+
+    class Signalling(RandomBatches):
+        def next_batch(self) -> Batch:
+            if self.place == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next_batch()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop_module.Interrupted, match=f"SIGTERM: stopped after step {step} of 6") as stopped:
+        trainer(tmp_path, loader=Signalling()).fit()
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert (tmp_path / f"checkpoints/step-0000000{step}").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_explicit_precision_wins_over_the_checkpoints(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer(tmp_path, train={"steps": 2, "precision": "fp32"}).fit()
+    state = trainer(tmp_path, said=said, train={"steps": 4, "precision": "auto"}).fit()
+    assert state.precision == "fp32" and any("fp32 (as before)" in line for line in said)
+    state = trainer(tmp_path, train={"steps": 6, "precision": "bf16"}).fit()
+    assert state.precision == "bf16"
+
+
+def test_resuming_with_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    from scratchlm.tokenizer import train_bpe
+
+    first, second = (train_bpe([text], 260, ["<|e|>"]) for text in ("aaaa bbbb", "cccc dddd"))
+    assert first.vocab_size == second.vocab_size
+    trainer(tmp_path, tokenizer=first).fit()
+    trainer(tmp_path, tokenizer=first, train={"steps": 7}).fit()
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        trainer(tmp_path, tokenizer=second, train={"steps": 8}).fit()
+
+
 def test_an_error_of_the_model_itself_is_not_mistaken_for_the_compilers(tmp_path: Path) -> None:
     model = Transformer(MODEL, seed=0)
     loss = NextTokenLoss(model)
@@ -251,19 +327,16 @@ def test_a_checkpoint_of_another_format_is_not_resumed(tmp_path: Path) -> None:
         trainer(tmp_path, train={"steps": 8}).fit()
 
 
-def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
+def test_the_learning_rate_follows_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, optim={"lr": 0.1, "schedule": "linear", "min_lr_ratio": 0.0}, train={"steps": 5})
     rates: list[float] = []
-    original = Trainer._forward_backward
+    original = Trainer._gradients
 
-    def watched(self: Trainer, batch: Any, tokens: int) -> Tensor:
+    def watched(self: Trainer, batches: Any, tokens: int) -> Tensor:
         rates.append(self.optimizers.param_groups[0]["lr"])
-        return original(self, batch, tokens)
+        return original(self, batches, tokens)
 
-    Trainer._forward_backward = watched  # type: ignore[method-assign]
-    try:
-        run.fit()
-    finally:
-        Trainer._forward_backward = original  # type: ignore[method-assign]
+    monkeypatch.setattr(Trainer, "_gradients", watched)
+    run.fit()
     assert rates == pytest.approx([record["lr"] for record in lines(tmp_path, "train")])
     assert rates == sorted(rates, reverse=True)
