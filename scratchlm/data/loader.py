@@ -17,8 +17,7 @@ from torch import Tensor
 
 from scratchlm.data.tokens import Ids, Tokens
 from scratchlm.errors import UserError
-
-IGNORE_INDEX = -100  # torch's cross_entropy leaves targets of this value out
+from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(slots=True)
