@@ -7,6 +7,8 @@ import signal
 import time
 from typing import Any
 
+from scratchlm.tokenizer.counting import Documents, WordCounter
+
 
 class Named:
     """Sleeps as long as a job says; counts jobs."""
@@ -44,3 +46,11 @@ class Broken:
         if job == "print":
             print("not an answer")
         return job
+
+
+class SlowCounter(WordCounter):
+    """Takes its time, so that a test can interrupt it in the middle."""
+
+    def __call__(self, job: Documents) -> int:  # type: ignore[override]
+        time.sleep(0.5)
+        return super().__call__(job)
