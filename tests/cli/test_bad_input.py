@@ -302,7 +302,11 @@ AGAIN = "run small.toml --train.steps 6"
 
 AFTER_A_RUN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "shard cut off": (lambda f: cut(shard(f)), AGAIN + " --out runs/b", r"train-00000.bin"),
-    "shard with one bit changed": (lambda f: flip(shard(f)), AGAIN + " --out runs/b", r"train-00000.bin is damaged.*digest"),
+    "shard with one bit changed": (
+        lambda f: flip(shard(f)),
+        AGAIN + " --out runs/b",
+        r"train-00000.bin is damaged.*digest",
+    ),
     "equally large tokenizer of another text": (equal_size_tokenizer, "generate runs/small", r"does not belong"),
     "damaged state": (damaged_state, "evaluate runs/small", r"state.json is damaged"),
     "another process at work": (nothing, AGAIN + " --fresh --out runs/locked", r"another process is working"),
