@@ -12,17 +12,17 @@ With gradient g, step t = 1, 2, … and learning rate η::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scratchlm.errors import UserError
-from scratchlm.optim.implementation import by_device_and_dtype, check_implementation, check_ranges, is_flat, resolve
+from scratchlm.optim.implementation import GroupedOptimizer, check_implementation, check_ranges, is_flat, resolve
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(GroupedOptimizer):
     """AdamW with three equal implementations.
 
     Args:
@@ -55,18 +55,6 @@ class AdamW(torch.optim.Optimizer):
             raise UserError(f"eps = {eps} must be at least 0")
         self.implementation = check_implementation(implementation)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` recomputes the loss, which is then returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
-                self._update(parameters, group)
-        return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         implementation = resolve(self.implementation, parameters[0].device)

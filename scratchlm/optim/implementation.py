@@ -1,8 +1,9 @@
-"""Which of an optimizer's equal implementations runs, and the grouping they share."""
+"""What our optimizers share: the step over groups of parameters, and the choice among equal implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,26 @@ from torch import Tensor
 from scratchlm.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "reference", "foreach", "fused")
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """An optimizer that updates all parameters of one group, device and dtype at once, in :meth:`_update`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; `closure` recomputes the loss, which is then returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
+                self._update(parameters, group)
+        return loss
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update `parameters`, all of which have gradients, with the settings of `group`."""
+        raise NotImplementedError
 
 
 def check_implementation(name: str) -> str:

@@ -13,14 +13,14 @@ than wide with unit singular values would otherwise change its output entries le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scratchlm.errors import UserError
-from scratchlm.optim.implementation import by_device_and_dtype, check_implementation, check_ranges
+from scratchlm.optim.implementation import GroupedOptimizer, check_implementation, check_ranges
 from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
 
 
@@ -56,7 +56,7 @@ def matrices_of(parameter: Tensor, values: Tensor) -> list[Tensor]:
     return [part for matrix in stacked.unbind() for part in matrix.split(sizes)]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(GroupedOptimizer):
     """Muon for matrices; give embeddings, heads, norms and biases to AdamW (:func:`~scratchlm.optim.build_optimizers`).
 
     Args:
@@ -100,24 +100,15 @@ class Muon(torch.optim.Optimizer):
                     )
                 split_sizes(parameter)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` recomputes the loss, which is then returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
-                for parameter in parameters:
-                    if not self.state[parameter]:
-                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                if self.implementation == "reference":
-                    for parameter in parameters:
-                        self._reference(parameter, group)
-                else:
-                    self._batched(parameters, group)
-        return loss
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if self.implementation == "reference":
+            for parameter in parameters:
+                self._reference(parameter, group)
+        else:
+            self._batched(parameters, group)
 
     def _reference(self, parameter: Tensor, group: dict[str, Any]) -> None:
         lr, momentum, gradient = group["lr"], group["momentum"], parameter.grad

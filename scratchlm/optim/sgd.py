@@ -11,16 +11,16 @@ does not enter the momentum. With Î» = 0 this is ``torch.optim.SGD``, and with Î
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scratchlm.optim.implementation import by_device_and_dtype, check_implementation, check_ranges, is_flat, resolve
+from scratchlm.optim.implementation import GroupedOptimizer, check_implementation, check_ranges, is_flat, resolve
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(GroupedOptimizer):
     """SGD with three equal implementations.
 
     Args:
@@ -51,18 +51,6 @@ class SGD(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` recomputes the loss, which is then returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
-                self._update(parameters, group)
-        return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if group["momentum"]:
