@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import textwrap
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from scratchlm.cli import COMMANDS
 from scratchlm.commands import tokenizers, trained
 from scratchlm.config import Recipe
+from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
 
 ROOT = Path(__file__).parent.parent
@@ -143,3 +145,14 @@ def test_these_checks_see_what_they_should(tmp_path: Path) -> None:
     everything = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert len(links(everything)) >= 2 and len(command_lines(everything)) >= 5
     assert len(blocks(everything, "python")) >= 4
+
+
+def test_the_readmes_sample_and_figures_are_those_of_the_committed_run() -> None:
+    results = ROOT / "docs/results/demo"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sample = read_samples(results / "samples.txt")[0]
+    assert (sample.prompt + sample.continuation).rstrip() in readme
+    run = json.loads((results / "quiet.json").read_text())
+    assert f"**{run['bits']:.4f}**" in readme
+    assert f"{run['loss']:.4f} nats per token" in readme
+    assert f"{run['median']:,.0f} tokens/s" in readme
