@@ -174,7 +174,8 @@ def test_a_stray_module_in_the_working_folder(tmp_path: Path, monkeypatch: pytes
 INTERRUPTED = "scratchlm: interrupted; nothing is lost, the same command goes on from there"
 
 COMMAND = f"""\
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind a shell's &
 sys.path.append({str(HERE)!r})
 import scratchlm.data.shards as shards
 import scratchlm.tokenizer.counting as counting
