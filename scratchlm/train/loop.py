@@ -219,6 +219,12 @@ class Trainer:
         except Exception as error:
             if not self.loss.compiled or not _is_compiler_error(error):
                 raise
+            if self._signal is not None:  # Ctrl-C reaches the C++ compiler too: it did not fail, it was stopped
+                raise Interrupted(
+                    f"{signal.Signals(self._signal).name}: stopped while compiling, after step {self.state.step:,} of "
+                    f"{config.steps:,}; the same command goes on from the last checkpoint",
+                    self._signal,
+                ) from error
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             self.say(f"torch.compile failed ({first_line}): going on without it, slower")
             self.loss.eager()

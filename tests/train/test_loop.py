@@ -250,6 +250,28 @@ def test_a_compiler_that_fails_late_in_a_step_costs_no_gradients(
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiler_stopped_by_ctrl_c_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run must not go on, nor resume, without the compiler."""
+    import os
+    import signal
+
+    from torch._inductor.exc import InductorError
+
+    def stopped(*_: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise InductorError(RuntimeError("g++ was killed"), None)
+
+    model = Transformer(MODEL, seed=0)
+    loss = NextTokenLoss(model)
+    monkeypatch.setattr(loss, "compile", lambda: (setattr(loss, "body", stopped), setattr(loss, "compiled", True)))
+    monkeypatch.setattr(loop_module, "choose_compile", lambda *_: loop_module.Decision("on", "for this test"))
+    run = trainer(tmp_path, model, loss=loss, said=[])
+    with pytest.raises(loop_module.Interrupted, match="SIGINT: stopped while compiling, after step 0 of 6"):
+        run.fit()
+    assert run.state.compile == "on"
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
 def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     losses = iter([math.nan, 2.0, math.nan])
     run = trainer(tmp_path, validate=lambda: {"loss": next(losses)}, train={"steps": 3, "eval_interval": 1})
