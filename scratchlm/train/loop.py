@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -347,6 +348,10 @@ class Trainer:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: now
         self._signal = number
+        if number == signal.SIGINT:  # os.write: a handler may come in the middle of another print
+            os.write(
+                2, b"\nscratchlm: finishing this step, then writing a checkpoint; Ctrl-C again stops at once\n"
+            )
 
 
 def _split(batch: Any, parts: int) -> list[Any]:

@@ -91,6 +91,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_a_message(small: Path, num
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"{number.name}: stopped after step" in errors.splitlines()[-1]
+    assert ("Ctrl-C again stops at once" in errors) == (number == signal.SIGINT)
     step = int(last_checkpoint(small / "runs/small").name.removeprefix("step-"))
     assert f"stopped after step {step:,} of 100,000" in errors
     state = json.loads((last_checkpoint(small / "runs/small") / "state.json").read_text())
