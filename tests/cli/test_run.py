@@ -391,3 +391,12 @@ def test_ctrl_c_outside_training_is_one_line(
     monkeypatch.setattr("scratchlm.commands.recipes.run", interrupted)
     assert main(["run"]) == 130
     assert "interrupted; nothing is lost" in capfd.readouterr().err
+
+
+def test_the_bar_shows_loss_rate_speed_and_time_left(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines(capfd, "data", "prepare", "small.toml")
+    assert main(["train", "small.toml"]) == 0
+    bar = capfd.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert re.search(
+        r"train: 100%.* 24/24 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d\.\d+, lr=\S+, tok_s=[\d,]+\]", bar
+    ), bar
