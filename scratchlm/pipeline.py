@@ -304,14 +304,16 @@ class Pipeline:
         import torch
 
         from scratchlm.data.loader import evaluation_windows
+        from scratchlm.evaluate.evaluation import count_batches
         from scratchlm.evaluate.metrics import evaluate_loss
 
         held_out = self.data.split("validation")
+        context, batch_size = model.config.context_length, self.recipe.evaluate.batch_size
         windows: Iterable[Any] = evaluation_windows(
             held_out,
-            model.config.context_length,
+            context,
             None,
-            self.recipe.evaluate.batch_size,
+            batch_size,
             document_boundaries=self.recipe.train.document_boundaries,
         )
         summed = evaluate_loss(
@@ -320,6 +322,7 @@ class Pipeline:
             device=self.device,
             autocast=torch.bfloat16 if precision == "bf16" else None,
             show_progress=self.show_progress,
+            total=count_batches(len(held_out), context, None, batch_size),
         )
         return {
             "loss": summed.loss,
