@@ -20,6 +20,11 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.processes import MAX_WORKERS
 from scratchlm.section import Section, validate
 
+DEVICE: Any = Field(
+    default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
+)
+"""The field `device` of a recipe and of the commands that take one."""
+
 ByteErrors = Literal["strict", "replace", "skip"]
 
 MAX_VOCAB = 2**24  # as tokenizer.training has it, which is not imported for this
@@ -239,9 +244,7 @@ class Recipe(Section):
     name: str = Field(default="run", pattern=r"^[\w+-][\w.+-]*$", description="Name of the run.")
     out: Path | None = Field(default=None, description="The run's folder; None: runs/<name>.")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Initialisation and data order.")
-    device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
-    )
+    device: str = DEVICE
     threads: int | None = Field(default=None, ge=1, description="CPU threads; None: torch's choice.")
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pydantic import Field
 from tqdm import tqdm
 
 from scratchlm.config import CorpusConfig
 from scratchlm.errors import UserError
-
-DEVICE = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n].")
 
 
 def say(message: str) -> None:
@@ -27,13 +24,13 @@ def write(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path | None, overwrite: bool) -> None:
     """Nothing is replaced unasked.
 
     Raises:
         UserError: `path` exists and `overwrite` is False.
     """
-    if path.exists() and not overwrite:
+    if path is not None and path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --out, or --overwrite True")
 
 

@@ -110,8 +110,7 @@ def encode(arguments: list[str]) -> None:
     from scratchlm.progress import progress
 
     loaded = load_tokenizer(options.tokenizer)
-    if out is not None:
-        refuse_existing(out, options.overwrite)
+    refuse_existing(out, options.overwrite)
     size = Path(file).stat().st_size if file != "-" and Path(file).is_file() else None
     with progress(description="encode", total=size, bytes_=True, show=out is not None) as bar:
         ids = loaded.encode_iterable(utf8_chunks(file, bar))
@@ -179,8 +178,7 @@ def decode(arguments: list[str]) -> None:
     options = parse(DecodeArguments, arguments, prog="scratchlm tokenizer decode")
     file, out = options.file, options.out
     loaded = load_tokenizer(options.tokenizer)
-    if out is not None:
-        refuse_existing(out, options.overwrite)
+    refuse_existing(out, options.overwrite)
     data = loaded.decode_bytes(_read_ids(file))
     if out is None:
         write(data.decode("utf-8", "replace"))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.recipes import print_table
-from scratchlm.commands.shared import DEVICE, corpus_of_files, say, write
-from scratchlm.config import EvaluateConfig, GenerateConfig, Recipe, load_recipe, plain
+from scratchlm.commands.shared import corpus_of_files, say, write
+from scratchlm.config import DEVICE, EvaluateConfig, GenerateConfig, Recipe, load_recipe, plain
 from scratchlm.errors import UserError
 from scratchlm.section import AnySection, Section, validate
 

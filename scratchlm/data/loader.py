@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -154,7 +154,34 @@ def boundaries(inputs: Ids, separator_id: int) -> tuple[Ids, Ids]:
     return positions, documents
 
 
-class EpochLoader:
+class _WindowLoader:
+    """What both loaders are told, and the checks on it; see :class:`EpochLoader` for the arguments."""
+
+    _pads: ClassVar[bool]
+    """Whether windows are padded with separators, so that one must be known; else a window needs one token more."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray | Tokens,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        document_boundaries: bool = False,
+        *,
+        separator_id: int | None = None,
+    ) -> None:
+        _check_sizes(batch_size, context_length, rank, world_size)
+        needs_separator = document_boundaries or self._pads
+        self.tokens = (_with_separator if needs_separator else as_tokens)(tokens, separator_id)
+        _require(len(self.tokens), context_length if self._pads else context_length + 1)
+        self.batch_size, self.context_length, self.seed = batch_size, context_length, seed
+        self.rank, self.world_size = rank, world_size
+        self.document_boundaries = document_boundaries
+
+
+class EpochLoader(_WindowLoader):
     """Every token is a target exactly once per epoch, in windows shuffled anew each time.
 
     The stream is cut into ceil(N / C) windows; the last one is padded. Epoch after epoch of shuffled windows forms one
@@ -176,27 +203,14 @@ class EpochLoader:
         UserError: fewer tokens than one window.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray | Tokens,
-        batch_size: int,
-        context_length: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        document_boundaries: bool = False,
-        *,
-        separator_id: int | None = None,
-    ) -> None:
-        _check_sizes(batch_size, context_length, rank, world_size)
-        self.tokens = _with_separator(tokens, separator_id)
-        _require(len(self.tokens), context_length)
-        self.batch_size, self.context_length, self.seed = batch_size, context_length, seed
-        self.rank, self.world_size = rank, world_size
-        self.document_boundaries = document_boundaries
-        self.windows = -(-len(self.tokens) // context_length)
-        self._position = 0  # in the queue of all ranks: windows taken so far
-        self._order: tuple[int, Ids] | None = None  # of the epoch used last
+    _pads = True
+    _position = 0  # in the queue of all ranks: windows taken so far
+    _order: tuple[int, Ids] | None = None  # of the epoch used last
+
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch."""
+        return count_windows(len(self.tokens), self.context_length)
 
     @property
     def epoch(self) -> int:
@@ -242,7 +256,7 @@ class EpochLoader:
         return {"seed": self.seed, "context_length": self.context_length, "tokens": len(self.tokens)}
 
 
-class RandomLoader:
+class RandomLoader(_WindowLoader):
     """The course's random windows behind the same interface; batch n of a rank follows from (seed, rank, n) alone.
 
     Arguments as for :class:`EpochLoader`; a plain array needs `separator_id` only with `document_boundaries`.
@@ -251,25 +265,8 @@ class RandomLoader:
         UserError: fewer than C + 1 tokens.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray | Tokens,
-        batch_size: int,
-        context_length: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        document_boundaries: bool = False,
-        *,
-        separator_id: int | None = None,
-    ) -> None:
-        _check_sizes(batch_size, context_length, rank, world_size)
-        self.tokens = (_with_separator if document_boundaries else as_tokens)(tokens, separator_id)
-        _require(len(self.tokens), context_length + 1)
-        self.batch_size, self.context_length, self.seed = batch_size, context_length, seed
-        self.rank, self.world_size = rank, world_size
-        self.document_boundaries = document_boundaries
-        self._batches = 0  # taken so far
+    _pads = False
+    _batches = 0  # taken so far
 
     @property
     def epoch(self) -> int:
@@ -319,6 +316,11 @@ def _same(state: dict[str, Any], mine: dict[str, Any]) -> None:
             )
 
 
+def count_windows(tokens: int, context_length: int, stride: int | None = None) -> int:
+    """Windows of `context_length` targets, `stride` apart (None: no overlap), that cover so many tokens; at least one."""
+    return 1 + -(-max(0, tokens - context_length) // (stride or context_length))
+
+
 def evaluation_windows(
     tokens: np.ndarray | Tokens,
     context_length: int,
@@ -351,7 +353,7 @@ def evaluation_windows(
     if not 1 <= stride <= context_length:
         raise UserError(f"evaluate.stride = {stride} must be between 1 and the context length {context_length}")
     _require(len(source), 1)
-    count = 1 + -(-max(0, len(source) - context_length) // stride)
+    count = count_windows(len(source), context_length, stride)
 
     def batches() -> Iterator[Batch]:  # apart, so that the checks above run at the call
         for first in range(0, count, batch_size):

@@ -13,7 +13,7 @@ import torch
 
 from scratchlm.config import EvaluateConfig
 from scratchlm.data.corpus import Corpus
-from scratchlm.data.loader import evaluation_windows
+from scratchlm.data.loader import count_windows, evaluation_windows
 from scratchlm.data.tokens import Tokens
 from scratchlm.errors import UserError
 from scratchlm.evaluate.compressors import CompressorResult
@@ -71,8 +71,7 @@ def tokenise(
 
 def count_batches(tokens: int, context_length: int, stride: int | None, batch_size: int) -> int:
     """How many batches :func:`scratchlm.data.loader.evaluation_windows` gives for so many tokens (for a bar's total)."""
-    windows = 1 + -(-max(0, tokens - context_length) // (stride or context_length))
-    return -(-windows // batch_size)
+    return -(-count_windows(tokens, context_length, stride) // batch_size)
 
 
 def evaluate_tokens(

@@ -29,11 +29,9 @@ from torch import Tensor, nn
 
 from scratchlm.evaluate.compressors import CompressorResult
 from scratchlm.files import read_json, write_text
+from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 from scratchlm.progress import progress
 from scratchlm.section import Section, validate
-
-IGNORED = -100
-"""Targets with this value are neither counted nor paid for (the default of torch's cross_entropy)."""
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits turned into losses at once: 16 Mi, 64 MiB in fp32, whatever the batch and the vocabulary."""
@@ -106,7 +104,7 @@ def _summed_nats(logits: Tensor, targets: Tensor, chunk_elements: int) -> Tensor
     summing = torch.device("cpu") if logits.device.type == "mps" else logits.device
     total = torch.zeros((), dtype=torch.float64, device=summing)
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
-        losses = F.cross_entropy(part.to(wide), wanted, reduction="none", ignore_index=IGNORED)
+        losses = F.cross_entropy(part.to(wide), wanted, reduction="none", ignore_index=IGNORE_INDEX)
         total += losses.to(summing).double().sum()
     return total
 
@@ -168,7 +166,7 @@ def evaluate_loss(
     try:
         with torch.no_grad():
             for batch in _shown(batches, total, show_progress):
-                tokens += int((batch.targets != IGNORED).sum())
+                tokens += int((batch.targets != IGNORE_INDEX).sum())
                 inputs = batch.inputs.to(device, non_blocking=True)
                 targets = batch.targets.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

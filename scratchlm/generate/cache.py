@@ -52,12 +52,6 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * config.layers
         self._values: list[Tensor | None] = [None] * config.layers
         self._valid: Tensor | None = None
-        self.set_padding(padding)
-
-    def set_padding(self, padding: Int[Tensor, " batch"] | None) -> None:
-        """Empty the cache and say how many slots at the left of each row the next tokens will waste on padding."""
-        self.length = 0
-        self._valid = None
         if padding is not None and bool((padding > 0).any()):
             slots = torch.arange(self.max_length, device=self.device)
             self._valid = slots >= padding.to(self.device)[:, None]

@@ -14,8 +14,6 @@ from scratchlm.optim.adamw import AdamW
 from scratchlm.optim.muon import Muon
 from scratchlm.optim.sgd import SGD
 
-ROLES = ("embedding", "head", "norm", "bias", "matrix")
-
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """What each parameter is: ``embedding``, ``head``, ``norm``, ``bias`` or ``matrix``.

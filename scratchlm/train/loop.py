@@ -56,7 +56,7 @@ class Loss(Protocol):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the checkpoint is written."""
+    """SIGINT or SIGTERM ended the training; the message says where the run will go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -101,7 +101,7 @@ class Trainer:
         """Train until `config.steps`, from the newest checkpoint if there is one.
 
         Raises:
-            Interrupted: a signal arrived; a checkpoint was written.
+            Interrupted: a signal arrived.
             UserError: the checkpoint is of another model, or too many losses in a row were not finite.
         """
         self.model.to(self.device)
@@ -296,26 +296,33 @@ class Trainer:
         state = self.state
         if not state.loss_steps:  # all steps since the last line were skipped
             return
-        now = time.perf_counter()
-        since, tokens = self._interval
         self._record(
             {
                 "kind": "train",
                 "step": state.step,
                 "loss": state.loss_sum / state.loss_steps,
-                "lr": self.optim.lr * lr_multiplier(state.step - 1, self.config.steps, self.optim),
+                "lr": self._lr(),
                 "grad_norm": norm,
                 "tokens": state.tokens,
-                "tokens_per_second": (state.tokens - tokens) / max(now - since, 1e-9),
+                "tokens_per_second": self._speed(),
                 "seconds": self._elapsed(),
             }
         )
         state.loss_sum, state.loss_steps = 0.0, 0
-        self._interval = (now, state.tokens)
+        self._interval = (time.perf_counter(), state.tokens)
 
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.log(record)
         self.trackers(record)
+
+    def _lr(self) -> float:
+        """The learning rate of the step just made."""
+        return self.optim.lr * lr_multiplier(self.state.step - 1, self.config.steps, self.optim)
+
+    def _speed(self) -> float:
+        """Tokens per second since the last line of metrics, validations and checkpoints not counted."""
+        since, tokens = self._interval
+        return (self.state.tokens - tokens) / max(time.perf_counter() - since, 1e-9)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
@@ -330,11 +337,7 @@ class Trainer:
         self._interval = (time.perf_counter(), state.tokens)  # nor does writing checkpoints
 
     def _update_bar(self, bar: Any, loss: float) -> None:
-        since, tokens = self._interval
-        seconds = time.perf_counter() - since
-        speed = (self.state.tokens - tokens) / seconds if seconds > 0 else 0.0
-        lr = self.optim.lr * lr_multiplier(self.state.step - 1, self.config.steps, self.optim)
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self._lr():.2e}", tok_s=f"{self._speed():,.0f}", refresh=False)
         bar.update(1)
 
     def _install(self, number: int) -> Any:
