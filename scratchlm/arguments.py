@@ -98,12 +98,20 @@ def _located(error: UserError, target: Any) -> UserError:
         return error
     if owner == target.__name__:
         return UserError(sentence)
+    for path, section in _sections(target):
+        if section.__name__ == owner:
+            starts_with_field = re.split(r"\W", sentence)[0] in section.model_fields
+            return UserError(f"{path}{'.' if starts_with_field else ': '}{sentence}")
+    return error
+
+
+def _sections(target: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section inside `target` with its dotted name."""
     for name, field in target.model_fields.items():
         section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and section.__name__ == owner:
-            starts_with_field = re.split(r"\W", sentence)[0] in section.model_fields
-            return UserError(f"{name}{'.' if starts_with_field else ': '}{sentence}")
-    return error
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield prefix + name, section
+            yield from _sections(section, f"{prefix}{name}.")
 
 
 def _unknown_argument(argument: str, target: Any) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from scratchlm.errors import UserError
 from scratchlm.files import write_text
+from scratchlm.model import presets
 from scratchlm.model.config import ModelConfig
 from scratchlm.processes import MAX_WORKERS
 from scratchlm.section import Section, validate
@@ -190,6 +191,15 @@ class TrainConfig(Section):
     loss_kernel: Literal["auto", "reference", "chunked"] = Field(
         default="auto", description="chunked: head and cross-entropy by rows, never holding all logits."
     )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e3,
+        description="Weight of (log Σ exp logits)² in the objective (PaLM: 1e-4); 0: none.",
+    )
+    mtp_weight: float = Field(
+        default=0.3, ge=0, le=1e3, description="Weight of the multi-token predictions, if model.mtp_depth is set."
+    )
     eval_interval: int = Field(
         default=250, ge=1, description="Steps between evaluations on the whole validation set."
     )
@@ -289,11 +299,16 @@ class Recipe(Section):
         return self.data.cache.expanduser()
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe.
+def load_recipe(path: str | Path, preset: str | None = None) -> Recipe:
+    """Read a recipe. ``preset = "llama-3-tiny"`` in its ``[model]`` stands for that preset's fields, below its own ones.
+
+    Args:
+        path: the TOML file.
+        preset: takes the place of the whole ``[model]``; None: that of the recipe.
 
     Raises:
-        UserError: the file is missing, is not TOML, or has an unknown or ill-typed field (the nearest one is named).
+        UserError: the file is missing, is not TOML, or has an unknown or ill-typed field (the nearest one is named), or
+            there is no such preset.
     """
     path = Path(path)
     try:
@@ -307,6 +322,13 @@ def load_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
     values.setdefault("name", re.sub(r"[^\w.+-]+", "-", path.stem).strip(".-") or "run")
+    if preset is not None:
+        values["model"] = presets.values(preset)
+    elif isinstance(model := values.get("model"), dict):
+        try:
+            values["model"] = presets.expand(model)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return validate(Recipe, values, str(path))
 
 

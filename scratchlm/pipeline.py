@@ -257,9 +257,11 @@ class Pipeline:
             return
         self.folder.set_key("training", key)
         model = Transformer(self.model_config, seed=recipe.seed)
+        active = model.num_active_params()
         self.say(
             f"model      {model.num_params():,} parameters, "
-            f"{3 * model.flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
+            + (f"{active:,} active per token, " if active < model.num_params() else "")
+            + f"{3 * model.flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
         )
         write_json(self.folder / "environment.json", describe_environment(model.num_params()))
         kind = EpochLoader if recipe.train.loader == "epoch" else RandomLoader
@@ -281,7 +283,9 @@ class Pipeline:
         with trackers, Prefetcher(loader) as batches:
             trainer = Trainer(
                 model=model,
-                loss=NextTokenLoss(model, recipe.train.loss_kernel),
+                loss=NextTokenLoss(
+                    model, recipe.train.loss_kernel, z_loss=recipe.train.z_loss, mtp_weight=recipe.train.mtp_weight
+                ),
                 loader=batches,
                 config=recipe.train,
                 optim=recipe.optim,

@@ -11,7 +11,7 @@ from typing import Any
 from scratchlm.config import Recipe, load_recipe, save_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import disk_errors, lock, read_json, write_json
-from scratchlm.section import Section
+from scratchlm.section import Section, flat_fields
 
 _ELSEWHERE = {
     # Fields that say where and how to work; the model that comes out is the same.
@@ -24,22 +24,17 @@ _ELSEWHERE = {
 _ROUNDING = {
     # Fields that choose another way to compute the same: a run may go on with another one, in other last digits.
     "device", "threads", "model.kernels", "model.attention_kernel", "train.precision", "train.compile",
-    "train.loss_kernel", "optim.implementation",
+    "train.loss_kernel", "optim.implementation", "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
 }  # fmt: skip
 
 
-def fields_of(recipe: Section, prefix: str = "") -> dict[str, Any]:
+def fields_of(recipe: Section) -> dict[str, Any]:
     """Every field of a recipe that bears on the trained weights, dotted, as plain values."""
-    fields: dict[str, Any] = {}
-    for name in type(recipe).model_fields:
-        value = getattr(recipe, name)
-        if prefix + name in _ELSEWHERE:
-            continue
-        if isinstance(value, Section):
-            fields |= fields_of(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = json.loads(json.dumps(value, default=str))
-    return fields
+    return {
+        name: json.loads(json.dumps(value, default=str))
+        for name, value in flat_fields(recipe).items()
+        if name not in _ELSEWHERE and name.split(".")[0] not in _ELSEWHERE
+    }
 
 
 def what_is_learnt(recipe: Section) -> dict[str, Any]:

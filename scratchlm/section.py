@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -44,12 +44,22 @@ class Section(BaseModel, metaclass=_OneLineErrors):
     @classmethod
     def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read ``steps = true`` as 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError(f"{str(value).lower()} is a boolean, which this field does not take")
         return value
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+def flat_fields(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Every value of a section and of the sections in it under its dotted name."""
+    flat: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        flat |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return flat
 
 
 def field_paths(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -86,7 +96,8 @@ def nearest_field(section: type[BaseModel], path: str) -> str:
 def _explain(section: type[BaseModel], error: ValidationError) -> str:
     """The first thing that is wrong, in one line, with the nearest known name for a misspelt field or choice."""
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    # A field that takes one of several types is followed by the type that was tried.
+    path = re.sub(r"\.(float|int|str|bool|literal\[.*\]|constrained-\w+)$", "", ".".join(map(str, first["loc"])))
     shown = repr(first.get("input"))
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if first["type"] == "extra_forbidden":

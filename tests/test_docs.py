@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from scratchlm.cli import COMMANDS
-from scratchlm.commands import tokenizers, trained
+from scratchlm.commands import models, tokenizers, trained
 from scratchlm.config import Recipe
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
@@ -32,8 +32,14 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "tokenizer inspect": tokenizers.InspectArguments,
     "evaluate": trained.EvaluateArguments,
     "generate": trained.GenerateArguments,
+    "model list": models.ListArguments,
+    "model show": models.ShowArguments,
+    "model shape": models.ShapeArguments,
 }
-FLAGS = {"run": {"fresh"}, "train": {"fresh"}, "data prepare": {"fresh"}}  # beside the fields
+FLAGS = {
+    **{name: {"fresh", "model.preset"} for name in ("run", "train", "data prepare")},
+    "model shape": {"json"},
+}  # beside the fields
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:href|src)=\"([^\"]+)\"")

@@ -10,6 +10,7 @@ import numpy as np
 
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
+from scratchlm.commands.models import take_preset
 from scratchlm.commands.shared import say
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
@@ -33,12 +34,14 @@ def _pipeline(arguments: list[str], command: str) -> Pipeline:
     fresh = "--fresh" in rest
     if fresh:
         rest.remove("--fresh")
+    preset = take_preset(rest)
     recipe = parse(
         Recipe,
         rest,
         prog=prog,
-        default=load_recipe(path),
-        description="A recipe's fields as options. --fresh: move the existing run's folder aside and start anew.",
+        default=load_recipe(path, preset),
+        description="A recipe's fields as options. --fresh: move the existing run's folder aside and start anew. "
+        "--model.preset NAME: a known architecture in place of the recipe's [model] (see `scratchlm model list`).",
     )
     keep_freed_memory()
     from scratchlm.pipeline import Pipeline

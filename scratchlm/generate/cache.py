@@ -1,17 +1,24 @@
-"""The key/value cache: what attention has computed for earlier tokens is kept, so that each new token costs one position."""
+"""What a model keeps of earlier tokens, so that each new token costs one position.
+
+Attention with scores keeps keys and values (or the latent vector they are read from), one slot per token; linear attention
+keeps a state whose size does not grow.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from scratchlm.errors import UserError
+from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of every layer, in memory set aside once: a step writes one slot and copies nothing.
+    """Keys, values and states of every layer; slots are set aside once: a step writes one and copies nothing.
 
     ::
 
@@ -21,15 +28,15 @@ class KVCache:
                                       ▲ length
 
     Args:
-        config: gives layers, key/value heads and head width.
+        config: gives the number of layers.
         batch: rows.
         max_length: slots per row.
-        device: where the keys and values live.
-        dtype: theirs; None: that of the first keys and values written.
+        device: where everything lives.
+        dtype: that of the slots; None: that of what is first written.
         padding: padding slots at the left of each row, int64 of shape (batch,); None: no row has any.
 
     Raises:
-        UserError: the cache is empty by construction, or (from :meth:`update`) more tokens are written than fit.
+        UserError: the cache is empty by construction, or (from :meth:`append`) more tokens are written than fit.
     """
 
     def __init__(
@@ -46,11 +53,10 @@ class KVCache:
                 f"a cache of {batch} rows and {max_length} tokens holds nothing; both must be at least 1"
             )
         self.batch, self.max_length = batch, max_length
-        self.kv_heads, self.head_dim = config.resolved_kv_heads, config.resolved_head_dim
         self.device, self.dtype = torch.device(device), dtype
         self.length = 0
-        self._keys: list[Tensor | None] = [None] * config.layers
-        self._values: list[Tensor | None] = [None] * config.layers
+        self._slots: list[dict[str, Tensor]] = [{} for _ in range(config.layers)]
+        self._states: list[dict[str, Tensor]] = [{} for _ in range(config.layers)]
         self._valid: Tensor | None = None
         if padding is not None and bool((padding > 0).any()):
             slots = torch.arange(self.max_length, device=self.device)
@@ -58,46 +64,52 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of one slot of one row: a key and a value in every layer."""
-        return 2 * config.layers * config.resolved_kv_heads * config.resolved_head_dim * dtype.itemsize
+        """Memory of one slot of one row, over all layers."""
+        kinds = [choices.ATTENTION.get(config.attention_at(layer)) for layer in range(config.layers)]
+        return sum(kind.cache_widths(config) for kind in kinds) * dtype.itemsize
 
-    def _room(self, like: Tensor) -> Tensor:
-        shape = (self.batch, self.kv_heads, self.max_length, self.head_dim)
-        return torch.empty(shape, device=self.device, dtype=self.dtype or like.dtype)
+    @staticmethod
+    def state_bytes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
+        """Memory of the states of one row, over all layers: it does not grow with the length."""
+        kinds = [choices.ATTENTION.get(config.attention_at(layer)) for layer in range(config.layers)]
+        return sum(kind.state_size(config) for kind in kinds) * dtype.itemsize
 
-    def update(
-        self,
-        layer: int,
-        k: Float[Tensor, "batch kv_heads new head_dim"],
-        v: Float[Tensor, "batch kv_heads new head_dim"],
-    ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total head_dim"]]:
-        """Write the new keys and values of one layer behind the earlier ones.
+    def append(self, layer: int, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write new tensors of one layer, each (batch, …, new, width), behind the earlier ones of the same name.
 
         Returns:
-            All of them, as views of the cache; total = :attr:`length` + new. The length itself moves by :meth:`advance`,
-            when all layers have been through.
+            All of them, (batch, …, total, width), as views of the cache; total = :attr:`length` + new. The length itself
+            moves by :meth:`advance`, when all layers have been through.
 
         Raises:
             UserError: they do not fit.
         """
-        new = k.shape[-2]
-        total = self.length + new
-        if total > self.max_length:
-            raise UserError(
-                f"the key/value cache holds {self.max_length} tokens, {total} were given; make it larger or empty it"
-            )
-        if self._valid is not None and new > 1:
-            # A padding query may attend to nothing; whatever came of it must not reach others, not even times zero.
-            padding = ~self._valid[:, None, self.length : total, None]
-            k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-        both = []
-        for rooms, fresh in ((self._keys, k), (self._values, v)):
-            room = rooms[layer]
-            if room is None:
-                room = rooms[layer] = self._room(fresh)
-            room[:, :, self.length : total] = fresh
-            both.append(room[:, :, :total])
-        return both[0], both[1]
+        slots, total = self._slots[layer], self.length
+        for name, fresh in new.items():
+            count = fresh.shape[-2]
+            total = self.length + count
+            if total > self.max_length:
+                raise UserError(
+                    f"the key/value cache holds {self.max_length} tokens, {total} were given; make it larger or empty it"
+                )
+            if self._valid is not None and count > 1:
+                # A padding query may attend to nothing; whatever came of it must not reach others, not even times zero.
+                padding = ~self._valid[:, self.length : total]
+                middle = (1,) * (fresh.ndim - 3)
+                fresh = fresh.masked_fill(padding.reshape(len(padding), *middle, count, 1), 0)
+            if name not in slots:
+                shape = (*fresh.shape[:-2], self.max_length, fresh.shape[-1])
+                slots[name] = torch.empty(shape, device=self.device, dtype=self.dtype or fresh.dtype)
+            slots[name][..., self.length : total, :] = fresh
+        return {name: slots[name][..., :total, :] for name in new}
+
+    def state(self, layer: int) -> dict[str, Tensor]:
+        """What this layer keeps instead of slots; empty before the first token."""
+        return self._states[layer]
+
+    def replace(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """Keep `state` for this layer, each tensor (batch, …)."""
+        self._states[layer] = dict(state)
 
     def advance(self, new: int) -> None:
         """The forward pass over `new` tokens is done: they are the past now."""
@@ -110,8 +122,8 @@ class KVCache:
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self._keys = [None if room is None else room[index] for room in self._keys]
-        self._values = [None if room is None else room[index] for room in self._values]
+        self._slots = [{name: slots[index] for name, slots in layer.items()} for layer in self._slots]
+        self._states = [{name: state[index] for name, state in layer.items()} for layer in self._states]
         if self._valid is not None:
             self._valid = self._valid[index]
         self.batch = len(rows)

@@ -207,7 +207,7 @@ class Generator:
             self.model.eval()
         try:
             hidden = self.model.hidden(ids, positions, cache=cache)
-            logits = self.model.head(hidden[:, -1])  # the other positions' logits are not wanted
+            logits = self.model.logits(hidden[:, -1])  # the other positions' logits are not wanted
         finally:
             if training:
                 self.model.train()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from scratchlm.kernels.functions import soft_cap
 
 IGNORE_INDEX = -100
 """Targets with this value count for nothing (padding, re-read context), as in torch."""
@@ -33,76 +36,136 @@ def cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, " ...
     return (log_total - chosen).masked_fill(ignored, 0.0)
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """What happens between the product with the head's weight and the loss.
+
+        x · W ── × scale ── soft cap ── softmax ──► −log p(target) + z_loss · (log Σ exp logits)²
+
+    Attributes:
+        scale: factor of the logits.
+        soft_cap: c · tanh(logit / c); None: off.
+        z_loss: weight of the squared log-normaliser, which keeps it near 0 (PaLM: Chowdhery et al. 2022, arXiv 2204.02311,
+            section 5, with 1e-4).
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+    z_loss: float = 0.0
+
+
+PLAIN_HEAD = HeadOptions()
+
+
 def reference_linear_cross_entropy(
-    x: Float[Tensor, "... d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, " ..."]
-) -> Float[Tensor, ""]:
-    """Sum over tokens of the cross-entropy of ``x @ weight.T``: all logits at once."""
-    return cross_entropy(x @ weight.T, targets).sum()
+    x: Float[Tensor, "... d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    targets: Int[Tensor, " ..."],
+    options: HeadOptions = PLAIN_HEAD,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """All logits at once: the objective summed over tokens, and the cross-entropy alone (without gradient)."""
+    logits = soft_cap(x @ weight.T * options.scale, options.soft_cap)
+    nats = cross_entropy(logits, targets).sum()
+    if not options.z_loss:
+        return nats, nats.detach()
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    squared = wide.logsumexp(dim=-1).square().masked_fill(targets == IGNORE_INDEX, 0.0)
+    return nats + options.z_loss * squared.sum(), nats.detach()
 
 
 def _loss_and_gradient(
-    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "rows vocab"]]:
-    """Summed loss of a block of rows, and its gradient softmax(logits) − onehot(target), in the logits' dtype."""
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    shifted = wide - wide.amax(dim=-1, keepdim=True)
+    products: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"], options: HeadOptions
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "rows vocab"]]:
+    """Objective and cross-entropy of a block of rows, and the gradient with respect to the products, in their dtype.
+
+    With logits l, their log-normaliser Z and p = softmax(l): d/dl = (1 + 2 z Z) p − onehot; through the cap times
+    1 − (l / c)², through the scale times it.
+    """
+    logits = products.float() if products.dtype in (torch.bfloat16, torch.float16) else products
+    if options.scale != 1.0:
+        logits = logits * options.scale
+    logits = soft_cap(logits, options.soft_cap)
+    highest = logits.amax(dim=-1, keepdim=True)
+    shifted = logits - highest
     exponentials = shifted.exp()
     total = exponentials.sum(dim=-1, keepdim=True)
     ignored = (targets == IGNORE_INDEX).unsqueeze(-1)
     safe = targets.unsqueeze(-1).masked_fill(ignored, 0)
     losses = total.log() - shifted.gather(-1, safe)
     columns = torch.arange(logits.shape[-1], device=logits.device)
-    gradient = exponentials / total - (columns == safe).to(wide.dtype)
-    return losses.masked_fill(ignored, 0.0).sum(), gradient.masked_fill(ignored, 0.0).to(logits.dtype)
+    chosen = (columns == safe).to(logits.dtype)
+    nats = losses.masked_fill(ignored, 0.0).sum()
+    if options.z_loss:
+        normaliser = total.log() + highest
+        objective = nats + options.z_loss * normaliser.square().masked_fill(ignored, 0.0).sum()
+        gradient = exponentials / total * (1 + 2 * options.z_loss * normaliser) - chosen
+    else:
+        objective, gradient = nats.clone(), exponentials / total - chosen
+    if options.soft_cap is not None:
+        gradient = gradient * (1 - (logits / options.soft_cap).square())
+    if options.scale != 1.0:
+        gradient = gradient * options.scale
+    return objective, nats, gradient.masked_fill(ignored, 0.0).to(products.dtype)
 
 
 @functools.cache
-def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, compiled: bool, wants_gradient: bool
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: HeadOptions,
+        rows: int,
+        compiled: bool,
+        wants_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
         kernel = _compiled_loss_and_gradient() if compiled else _loss_and_gradient
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         ctx.dtypes = (x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-        total = torch.zeros((), dtype=wide, device=x.device)
+        objective = torch.zeros((), dtype=wide, device=x.device)
+        nats = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if wants_gradient else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wants_gradient else None
         for start in range(0, x.shape[0], rows):
             block = slice(start, start + rows)
-            loss, gradient = kernel(x[block] @ weight.T, targets[block])
-            total += loss
+            block_objective, block_nats, gradient = kernel(x[block] @ weight.T, targets[block], options)
+            objective += block_objective
+            nats += block_nats
             if d_x is not None and d_weight is not None:
                 torch.mm(gradient, weight, out=d_x[block])
                 d_weight += gradient.T @ x[block]
         if wants_gradient:
             ctx.save_for_backward(d_x, d_weight)
-        return total
+        ctx.mark_non_differentiable(nats)
+        return objective, nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         d_x, d_weight = ctx.saved_tensors
-        (upstream,) = grad_outputs
+        upstream = grad_outputs[0]
         x_dtype, weight_dtype = ctx.dtypes
-        return (d_x * upstream).to(x_dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None
+        return (d_x * upstream).to(x_dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None, None
 
 
 def chunked_linear_cross_entropy(
     x: Float[Tensor, "... d_model"],
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " ..."],
+    options: HeadOptions = PLAIN_HEAD,
     *,
     rows: int = 1024,
     compiled: bool = False,
-) -> Float[Tensor, ""]:
-    """Same sum as :func:`reference_linear_cross_entropy`, `rows` tokens at a time, gradients computed in the forward.
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Same sums as :func:`reference_linear_cross_entropy`, `rows` tokens at a time, gradients computed in the forward.
 
         x ─┬─ block 0 ─► logits ─► loss, softmax − onehot ─► d_x block, d_weight +=        peak: rows × vocabulary
            ├─ block 1 ─► …                                                                 instead of tokens × vocabulary
@@ -112,13 +175,17 @@ def chunked_linear_cross_entropy(
         x: last hidden states; computed in autocast's dtype where autocast is on.
         weight: the head's weight.
         targets: int64; IGNORE_INDEX counts for nothing.
+        options: scale, soft cap, z-loss.
         rows: tokens per block.
         compiled: run the pointwise part through torch.compile.
+
+    Returns:
+        The objective summed over tokens, and the cross-entropy alone, which has no gradient.
     """
     flat = x.reshape(-1, x.shape[-1])
     # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    result: Tensor = _ChunkedLinearCrossEntropy.apply(
-        flat, weight, targets.reshape(-1), rows, compiled, wants_gradient
+    objective, nats = _ChunkedLinearCrossEntropy.apply(
+        flat, weight, targets.reshape(-1), options, rows, compiled, wants_gradient
     )
-    return result
+    return objective, nats

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
+import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from scratchlm.kernels.attention import auto_attention
+from scratchlm.kernels.attention import Scores, auto_attention
+from scratchlm.kernels.visibility import scores_computed
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
+from scratchlm.model.context import Context
 from scratchlm.model.linear import Linear
-
-
-class Cache(Protocol):
-    """What attention asks of a key/value cache (the generator owns it)."""
-
-    length: int
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this layer's new keys and values (batch, kv_heads, new, head_dim); return all so far."""
-        ...
-
-    def key_mask(self, batch: int, total: int) -> Tensor | None:
-        """(batch, total), False for padding keys; None if there are none."""
-        ...
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all layers of one forward pass share.
-
-    Attributes:
-        positions: position of each token, (…, length); None: 0 … length − 1.
-        mask: dense mask (…, 1, length, total), or None for plain causal.
-        cache: keys and values of earlier tokens, or None.
-    """
-
-    positions: Int[Tensor, "... length"] | None = None
-    mask: Bool[Tensor, " ... #heads q k"] | None = None
-    cache: Cache | None = None
+from scratchlm.model.position import Positions
 
 
 def attention_kernel(config: ModelConfig) -> Callable[..., Tensor]:
@@ -54,7 +27,45 @@ def attention_kernel(config: ModelConfig) -> Callable[..., Tensor]:
     return choices.ATTENTION_KERNEL.get(config.attention_kernel)
 
 
-class MultiHeadAttention(nn.Module):
+def scores_per_query(config: ModelConfig, layer: int, length: int) -> float:
+    """How many keys a query of this layer is multiplied with, on average over a sequence of `length`.
+
+    All of them where the kernel computes the whole square, as is the convention for the plain causal triangle too; under any
+    other mask and a kernel in blocks, those of the blocks that are computed.
+    """
+    kernel = config.attention_kernel
+    if kernel == "auto" and config.kernels == "reference":
+        kernel = "reference"
+    rule = choices.MASK.get(config.mask_at(layer)).of(config)
+    if kernel in ("reference", "sdpa") or rule.is_plain_causal or not length:
+        return length
+    return scores_computed(rule, length, prefix=config.prefix_length) / length
+
+
+class SoftmaxAttention(nn.Module):
+    """What attention with scores shares: mask, kernel, scale, cap, sinks, ALiBi, dropout."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.mask = layer, config.mask_at(layer)
+        self.heads = config.heads
+        self.kernel = attention_kernel(config)
+        self.scale, self.soft_cap, self.dropout = (
+            config.attention_scale,
+            config.attention_soft_cap,
+            config.attention_dropout,
+        )
+        self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.attention_sinks else None
+        if self.sinks is not None:
+            self.sinks.role = "bias"  # type: ignore[attr-defined]
+
+    def scores(self, slopes: Tensor | None) -> Scores:
+        """What is done to this layer's scores."""
+        dropout = self.dropout if self.training else 0.0
+        return Scores(self.scale, self.soft_cap, slopes, self.sinks, dropout)
+
+
+class MultiHeadAttention(SoftmaxAttention):
     """softmax(Q Kᵀ / √d) V per head, then mixed by W_o (Vaswani et al. 2017, section 3.2.2).
 
              ┌─ q ─ norm? ─ RoPE ─┐
@@ -63,20 +74,24 @@ class MultiHeadAttention(nn.Module):
                                                                        kv_heads = 1: MQA
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads = config.heads, config.resolved_kv_heads
-        self.head_dim = config.resolved_head_dim
+    def __init__(self, config: ModelConfig, layer: int, positions: Positions) -> None:
+        super().__init__(config, layer)
+        self._config = config
+        self.kv_heads, self.head_dim = config.resolved_kv_heads, config.resolved_head_dim
         reference = config.kernels == "reference"
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        self.qkv = Linear(config.d_model, sum(sizes), parts=sizes, reference=reference)
-        self.output = Linear(sizes[0], config.d_model, residual_output=True, reference=reference)
+        biases = [name in config.attention_bias for name in "qkv"]
+        self.qkv = Linear(config.d_model, sum(sizes), parts=sizes, bias=biases, reference=reference)
+        self.output = Linear(
+            sizes[0],
+            config.d_model,
+            bias="o" in config.attention_bias,
+            residual_output=True,
+            reference=reference,
+        )
         norm = choices.QK_NORM.get(config.qk_norm)
-        self.q_norm = norm(self.head_dim, config.norm_eps, reference=reference)
-        self.k_norm = norm(self.head_dim, config.norm_eps, reference=reference)
-        self.position = choices.POSITION.get(config.position)(config)
-        self.kernel = attention_kernel(config)
+        self.q_norm, self.k_norm = norm(config, self.heads), norm(config, self.kv_heads)
+        self.position = positions.at(layer, self.head_dim)
 
     def forward(
         self, x: Float[Tensor, "... length d_model"], context: Context
@@ -88,15 +103,28 @@ class MultiHeadAttention(nn.Module):
         q = self.position(self.q_norm(q), context.positions)
         k = self.position(self.k_norm(k), context.positions)
         if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)
-        mixed = self.kernel(q, k, v, context.mask)
+            cached = context.cache.append(self.layer, {"k": k, "v": v})
+            k, v = cached["k"], cached["v"]
+        mixed = self.kernel(q, k, v, context.visible.get(self.mask), self.scores(self.position.slopes))
         return self.output(rearrange(mixed, "... h t d -> ... t (h d)"))
 
     def num_params(self) -> int:
         norms = self.q_norm.num_params() + self.k_norm.num_params()
-        return self.qkv.num_params() + self.output.num_params() + norms
+        sinks = 0 if self.sinks is None else self.heads
+        return int(self.qkv.num_params() + self.output.num_params() + norms + sinks)
 
-    def flops_per_token(self, length: int) -> int:
-        """Projections, and scores and mixture over all `length` keys (no discount for the causal half)."""
-        scores_and_mixture = 2 * 2 * length * self.heads * self.head_dim
+    def flops_per_token(self, length: int) -> float:
+        """Projections, and scores and mixture over the keys that are computed (:func:`scores_per_query`)."""
+        keys = scores_per_query(self._config, self.layer, length)
+        scores_and_mixture = 2 * 2 * keys * self.heads * self.head_dim
         return self.qkv.flops_per_token() + self.output.flops_per_token() + scores_and_mixture
+
+    @staticmethod
+    def cache_widths(config: ModelConfig) -> int:
+        """Numbers kept per token and layer while generating: a key and a value of every key/value head."""
+        return 2 * config.resolved_kv_heads * config.resolved_head_dim
+
+    @staticmethod
+    def state_size(config: ModelConfig) -> int:
+        """Numbers kept per layer whatever the length."""
+        return 0

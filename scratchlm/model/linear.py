@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = W x, without a bias.
+    """y = W x, or W x + b.
 
     Weight shape (d_out, d_in): a row is what one output reads from the input. `parts` are the heights of row blocks
     that are projections of their own, stored as one matrix so that one matmul computes them (q‖k‖v, gate‖up):
     initialisation and Muon treat each part as the separate matrix it is.
+
+    Args:
+        d_in, d_out: widths.
+        parts: see above; None: one part.
+        bias: which parts have a bias (True: all). Only their rows are stored.
+        residual_output: this is the last linear of a residual branch (or the head): initialisation may treat it apart.
+        role: how the optimizer groups the weight.
+        reference: compute by the formula.
     """
 
     def __init__(
@@ -23,6 +31,7 @@ class Linear(nn.Module):
         d_out: int,
         *,
         parts: list[int] | None = None,
+        bias: bool | list[bool] = False,
         residual_output: bool = False,
         role: str = "matrix",
         reference: bool = False,
@@ -36,17 +45,36 @@ class Linear(nn.Module):
         self.weight.role = role  # type: ignore[attr-defined]  # read by the optimizer's grouping
         if parts:
             self.weight.muon_split = parts  # type: ignore[attr-defined]
+        self.biased = [bias] * len(self.parts) if isinstance(bias, bool) else bias
+        sizes = [size for size, has in zip(self.parts, self.biased, strict=True) if has]
+        self.bias = nn.Parameter(torch.zeros(sum(sizes))) if sizes else None
+        if self.bias is not None:
+            self.bias.role = "bias"  # type: ignore[attr-defined]
+
+    def full_bias(self) -> Float[Tensor, " d_out"] | None:
+        """The bias of every row: zero where a part has none."""
+        if self.bias is None or all(self.biased):
+            return self.bias
+        given = iter(self.bias.split([size for size, has in zip(self.parts, self.biased, strict=True) if has]))
+        rows = [
+            next(given) if has else self.bias.new_zeros(size)
+            for size, has in zip(self.parts, self.biased, strict=True)
+        ]
+        return torch.cat(rows)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        bias = self.full_bias()
         if self.reference:
-            return einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
-        return F.linear(x, self.weight)
+            product = einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
+            return product if bias is None else product + bias
+        return F.linear(x, self.weight, bias)
 
     def num_params(self) -> int:
-        return self.d_in * self.d_out
+        biases = sum(size for size, has in zip(self.parts, self.biased, strict=True) if has)
+        return self.d_in * self.d_out + biases
 
     def flops_per_token(self) -> int:
-        """A multiply and an add per weight."""
+        """A multiply and an add per weight; a bias is not a product."""
         return 2 * self.d_in * self.d_out
 
 

@@ -1,75 +1,258 @@
-"""Which positions may be attended to."""
+"""Which positions may be attended to: each mask is a rule over pairs of positions.
+
+Rules with `shift_invariant` depend on the distance alone; the others ask for positions within the document.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from scratchlm.kernels.visibility import Rule, Visibility
 from scratchlm.model.config import ModelConfig
 
-
-class Mask(Protocol):
-    """What a mask has to do; it is built from the configuration."""
-
-    @property
-    def is_plain_causal(self) -> bool:
-        """True only where the mask is the causal triangle, for which the kernels need no matrix."""
-        ...
-
-    def allowed(self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"]) -> Bool[Tensor, "... q k"]:
-        """True where the query at one position may read the key at another (positions within the sequence)."""
-        ...
+Queries = Int[Tensor, "... q"]
+Keys = Int[Tensor, "... k"]
+Allowed = Bool[Tensor, "... q k"]
 
 
-class Causal:
-    """Every position sees itself and what came before it.
+@dataclass(frozen=True)
+class Causal(Rule):
+    """Every position sees itself and what came before it (Vaswani et al. 2017, section 3.2.3).
+
+    ::
 
         keys →
-    q   ■ □ □ □
-    ↓   ■ ■ □ □
-        ■ ■ ■ □
-        ■ ■ ■ ■
+    q   ■ □ □ □ □ □
+    ↓   ■ ■ □ □ □ □
+        ■ ■ ■ □ □ □
+        ■ ■ ■ ■ □ □
+        ■ ■ ■ ■ ■ □
+        ■ ■ ■ ■ ■ ■
     """
 
     is_plain_causal: ClassVar[bool] = True
+    shift_invariant: ClassVar[bool] = True
 
-    def __init__(self, config: ModelConfig) -> None:
-        pass
+    @classmethod
+    def of(cls, config: ModelConfig) -> Causal:
+        return cls()
 
-    def allowed(self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"]) -> Bool[Tensor, "... q k"]:
-        """True where the query at one position may read the key at another (positions within the sequence)."""
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         return queries[..., :, None] >= keys[..., None, :]
 
 
-def attention_mask(
-    mask: Mask,
+@dataclass(frozen=True)
+class SlidingWindow(Rule):
+    """Itself and the window − 1 positions before it (Longformer: Beltagy et al. 2020, arXiv 2004.05150; Mistral).
+
+    ::
+
+        keys →               window = 3; through L layers a position still hears of 2 L + 1
+    q   ■ □ □ □ □ □
+    ↓   ■ ■ □ □ □ □
+        ■ ■ ■ □ □ □
+        □ ■ ■ ■ □ □
+        □ □ ■ ■ ■ □
+        □ □ □ ■ ■ ■
+    """
+
+    window: int
+    shift_invariant: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> SlidingWindow:
+        return cls(config.window)
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        back = queries[..., :, None] - keys[..., None, :]
+        return (back >= 0) & (back < self.window)
+
+
+@dataclass(frozen=True)
+class Strided(Rule):
+    """The last `stride` positions, and every stride-th before them (Sparse Transformer: Child et al. 2019, arXiv 1904.10509).
+
+    ::
+
+        keys →               stride = 2: both patterns of the paper's section 4.3 in one head
+    q   ■ □ □ □ □ □
+    ↓   ■ ■ □ □ □ □
+        ■ ■ ■ □ □ □
+        □ ■ ■ ■ □ □
+        ■ □ ■ ■ ■ □
+        □ ■ □ ■ ■ ■
+    """
+
+    stride: int
+    shift_invariant: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Strided:
+        return cls(config.stride)
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        back = queries[..., :, None] - keys[..., None, :]
+        return (back >= 0) & ((back < self.stride) | (back % self.stride == 0))
+
+    def parts(self) -> tuple[Rule, ...]:
+        """The two patterns apart: together every block of queries needs every column, each alone only few."""
+        return SlidingWindow(self.stride), StridedFar(self.stride)
+
+
+@dataclass(frozen=True)
+class StridedFar(Rule):
+    """The far part of :class:`Strided`: every stride-th position, from one stride back.
+
+    In the order 0, s, 2s, … 1, s + 1, … the positions that read each other stand side by side.
+    """
+
+    stride: int
+    shift_invariant: ClassVar[bool] = True
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        back = queries[..., :, None] - keys[..., None, :]
+        return (back >= self.stride) & (back % self.stride == 0)
+
+    def order(self, length: int) -> Int[Tensor, " length"]:
+        places = torch.arange(length, device="cpu")
+        return torch.argsort((places % self.stride) * length + places)
+
+
+@dataclass(frozen=True)
+class Fixed(Rule):
+    """Its own stretch, and the last `summary` positions of every earlier one (Child et al. 2019, section 4.3, "fixed").
+
+    ::
+
+        keys →               stride = 3, summary = 1: position 2 tells all later stretches about the first
+    q   ■ □ □ □ □ □
+    ↓   ■ ■ □ □ □ □
+        ■ ■ ■ □ □ □
+        □ □ ■ ■ □ □
+        □ □ ■ ■ ■ □
+        □ □ ■ ■ ■ ■
+    """
+
+    stride: int
+    summary: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Fixed:
+        return cls(config.stride, config.stride_summary)
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        q, k = queries[..., :, None], keys[..., None, :]
+        same_stretch = q // self.stride == k // self.stride
+        return (q >= k) & (same_stretch | (k % self.stride >= self.stride - self.summary))
+
+
+@dataclass(frozen=True)
+class BlockSparse(Rule):
+    """Its own block, the ones just before it, and the first positions of all (BigBird without its random blocks: Zaheer et
+    al. 2020, arXiv 2007.14062).
+
+    ::
+
+        keys →               mask_block = 2, mask_local_blocks = 1, global_tokens = 1
+    q   ■ □ □ □ □ □
+    ↓   ■ ■ □ □ □ □
+        ■ □ ■ □ □ □
+        ■ □ ■ ■ □ □
+        ■ □ □ □ ■ □
+        ■ □ □ □ ■ ■
+    """
+
+    block: int
+    local_blocks: int
+    global_tokens: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> BlockSparse:
+        return cls(config.mask_block, config.mask_local_blocks, config.global_tokens)
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        q, k = queries[..., :, None], keys[..., None, :]
+        near = q // self.block - k // self.block < self.local_blocks
+        return (q >= k) & (near | (k < self.global_tokens))
+
+
+@dataclass(frozen=True)
+class PrefixLM(Rule):
+    """The prefix sees all of itself, the rest is causal (Liu et al. 2018, arXiv 1801.10198; T5, arXiv 1910.10683, figure 4).
+
+    ::
+
+        keys →               prefix = 3: the prompt in generation, `prefix_length` in training, where the prefix's own
+    q   ■ ■ ■ □ □ □          tokens are not asked for (they have seen the answer)
+    ↓   ■ ■ ■ □ □ □
+        ■ ■ ■ □ □ □
+        ■ ■ ■ ■ □ □
+        ■ ■ ■ ■ ■ □
+        ■ ■ ■ ■ ■ ■
+    """
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> PrefixLM:
+        return cls()
+
+    def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
+        q, k = queries[..., :, None], keys[..., None, :]
+        return (q >= k) | ((k < prefix) & (q < prefix))
+
+
+def visibility(
+    rule: Rule,
     length: int,
     *,
+    positions: Int[Tensor, "... length"] | None = None,
     documents: Int[Tensor, "... length"] | None = None,
     past: int = 0,
+    padding: Int[Tensor, " batch"] | None = None,
     key_mask: Bool[Tensor, "... total"] | None = None,
+    prefix: int | Tensor = 0,
+    distances: bool = False,
     device: torch.device | None = None,
-) -> Bool[Tensor, " ... #heads length total"] | None:
-    """The dense mask of a forward pass, or None where it is the plain causal triangle the kernels know themselves.
+) -> Visibility | None:
+    """Who may read whom in a forward pass, or None where it is the plain causal triangle the kernels know themselves.
 
     Args:
-        mask: the model's mask.
+        rule: the layer's mask.
         length: number of new tokens (queries).
+        positions: position of each new token; None: they count on from `past`. Only rules that are not shift-invariant ask.
         documents: number of the document each token belongs to; attention stays within a document.
         past: tokens already in the cache, before the new ones.
+        padding: padding slots at the left of each row of the cache.
         key_mask: False for keys that are padding, shape (batch, past + length).
+        prefix: how many first positions see each other, if the rule asks: a number, or one per row.
+        distances: the kernel needs distances (ALiBi), also for the plain triangle.
         device: where to build it.
     """
-    if mask.is_plain_causal and documents is None and key_mask is None and past == 0:
+    if rule.is_plain_causal and documents is None and key_mask is None and past == 0 and not distances:
         return None
-    total = past + length
-    keys = torch.arange(total, device=device)
-    allowed = mask.allowed(keys[past:], keys)
-    if documents is not None:
-        allowed = allowed & (documents[..., :, None] == documents[..., None, :])
-    if key_mask is not None:
-        allowed = allowed & key_mask[..., None, :]
-    return allowed.unsqueeze(-3) if allowed.ndim > 2 else allowed
+    by_place = rule.shift_invariant or positions is None
+    if by_place and past == 0 and key_mask is None and not isinstance(prefix, Tensor):
+        return Visibility.of_sequence(rule, length, device, documents=documents, prefix=prefix)
+    keys = torch.arange(past + length, device=device)
+    if not by_place:
+        if past or padding is not None:
+            shift = 0 if padding is None else padding.to(keys.device)[:, None]
+            keys = (keys - shift).clamp(min=0)
+        else:
+            assert positions is not None
+            keys = positions
+    if isinstance(prefix, Tensor):
+        prefix = prefix.reshape(*prefix.shape, 1, 1)
+    return Visibility(
+        rule,
+        keys[..., past:],
+        keys,
+        query_documents=documents,
+        key_documents=documents,
+        key_mask=key_mask,
+        prefix=prefix,
+    )

@@ -1,39 +1,106 @@
-"""Normalisation layers."""
+"""Normalisation layers, and how they are applied to queries and keys."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scratchlm.model import choices
+from scratchlm.model.config import ModelConfig
 
-class RMSNorm(nn.Module):
-    """x / RMS(x) · g, computed in fp32 and returned in x's dtype (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
-    RMS(x) = sqrt(mean(x²) + ε)
+class Norm(nn.Module):
+    """What all norms share: computed in fp32 at least and returned in x's dtype; a gain and a shift if the kind has them.
+
+    Attributes:
+        scaled, shifted: whether the kind has a gain g and a shift b.
+        offset: the gain is offset + weight; weights start so that it is 1.
     """
+
+    scaled: ClassVar[bool] = True
+    shifted: ClassVar[bool] = False
+    offset: ClassVar[float] = 0.0
 
     def __init__(self, width: int, eps: float = 1e-5, *, reference: bool = False) -> None:
         super().__init__()
-        self.width, self.eps = width, eps
-        self.reference = reference
-        self.weight = nn.Parameter(torch.ones(width))
-        self.weight.role = "norm"  # type: ignore[attr-defined]
+        self.width, self.eps, self.reference = width, eps, reference
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset)) if self.scaled else None
+        self.bias = nn.Parameter(torch.zeros(width)) if self.shifted else None
+        for parameter, role in ((self.weight, "norm"), (self.bias, "bias")):
+            if parameter is not None:
+                parameter.role = role  # type: ignore[attr-defined]
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        if self.reference:
-            rms = torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-            return (wide / rms * self.weight).to(x.dtype)
-        return F.rms_norm(wide, (self.width,), self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        gain = None if self.weight is None else self.weight.to(wide.dtype) + self.offset
+        shift = None if self.bias is None else self.bias.to(wide.dtype)
+        return self.normalise(wide, gain, shift).to(x.dtype)
+
+    def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
     def num_params(self) -> int:
-        return self.width
+        return self.width * (self.scaled + self.shifted)
 
     def flops_per_token(self) -> int:
         """Only matrix products are counted, as everywhere in ScratchLM: a norm is bound by memory, not arithmetic."""
         return 0
+
+
+class RMSNorm(Norm):
+    """x / RMS(x) · g (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4; Llama and nearly all since).
+
+    RMS(x) = sqrt(mean(x²) + ε)
+    """
+
+    def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        if not self.reference:
+            return F.rms_norm(x, (self.width,), gain, self.eps)
+        normed = x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+        return normed if gain is None else normed * gain
+
+
+class RMSNormNoScale(RMSNorm):
+    """x / RMS(x), nothing learned (nanochat)."""
+
+    scaled = False
+
+
+class RMSNormUnitOffset(RMSNorm):
+    """x / RMS(x) · (1 + w) with w from 0: weight decay then pulls the gain towards 1 (Gemma's published code)."""
+
+    offset = 1.0
+
+
+class LayerNorm(Norm):
+    """(x − mean) / sqrt(var + ε) · g + b (Ba et al. 2016, arXiv 1607.06450; the original Transformer, GPT-2)."""
+
+    shifted = True
+
+    def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        if not self.reference:
+            return F.layer_norm(x, (self.width,), gain, shift, self.eps)
+        centred = x - x.mean(dim=-1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + self.eps)
+        normed = normed if gain is None else normed * gain
+        return normed if shift is None else normed + shift
+
+
+class LayerNormNoBias(LayerNorm):
+    """LayerNorm without the shift b (PaLM, Cohere)."""
+
+    shifted = False
+
+
+class LayerNormNoParameters(LayerNorm):
+    """LayerNorm with nothing learned (OLMo 1)."""
+
+    scaled, shifted = False, False
 
 
 class NoNorm(nn.Module):
@@ -50,3 +117,53 @@ class NoNorm(nn.Module):
 
     def flops_per_token(self) -> int:
         return 0
+
+
+def norm_of(config: ModelConfig, width: int, kind: str | None = None) -> Any:
+    """A norm of the configuration's kind (or of `kind`) over `width` features."""
+    chosen = choices.NORM.get(config.norm if kind is None else kind)
+    return chosen(width, config.norm_eps, reference=config.kernels == "reference")
+
+
+class NoQKNorm(nn.Module):
+    """Queries or keys as they are."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
+        return x
+
+    def num_params(self) -> int:
+        return 0
+
+
+class HeadQKNorm(nn.Module):
+    """Each head's vector is normed by itself, with one gain for all heads (Henry et al. 2020, arXiv 2010.04245; Qwen3)."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.norm = norm_of(config, config.resolved_head_dim, config.resolved_qk_norm_kind)
+
+    def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def num_params(self) -> int:
+        return int(self.norm.num_params())
+
+
+class FullWidthQKNorm(nn.Module):
+    """All heads of a token are normed together as one vector (OLMo 2, arXiv 2501.00656)."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = norm_of(config, heads * config.resolved_head_dim, config.resolved_qk_norm_kind)
+
+    def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
+        normed = self.norm(rearrange(x, "... h t d -> ... t (h d)"))
+        return rearrange(normed, "... t (h d) -> ... h t d", h=self.heads)
+
+    def num_params(self) -> int:
+        return int(self.norm.num_params())

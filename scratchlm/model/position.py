@@ -1,75 +1,198 @@
-"""How positions enter the model."""
+"""How positions enter the model: added to the embedding, turned into queries and keys, or taken from the scores.
+
+::
+
+                    sinusoidal, learned          RoPE                     ALiBi
+    ids ─ embedding ────(+)──► … q, k ──── rotated by position ── q · k ── − slope · distance ── softmax …
+
+One class has all three hooks, so that a layer asks no names. The rotation itself is in `rope.py`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 
 
-class RoPE(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 15), half-split pairs.
+class Position(nn.Module):
+    """No position at all; each kind replaces the hook it acts through.
 
-    Dimension i of a head is paired with i + head_dim/2; the pair is turned by the angle position · θ^(−2i/head_dim):
+    Args:
+        config: the architecture.
+        layer: the layer whose attention asks (the pattern's place).
+        width: width of the queries and keys that are to be rotated.
 
-        x'ᵢ        = xᵢ cos − xᵢ₊ₕ sin
-        x'ᵢ₊ₕ      = xᵢ sin + xᵢ₊ₕ cos
-
-    so that a query at position m and a key at position n meet in a product that depends on m − n only. The paper's
-    interleaved pairs (2i, 2i+1) are the same model with the rows of the q and k projections permuted; halves keep
-    memory contiguous. Angles are computed in fp32 at least, whatever the model's dtype.
+    Attributes:
+        slopes: ALiBi's slope per head, or None.
+        at_embedding: whether `embed` does anything: such a position is added once, at the bottom.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    slopes: Tensor | None = None
+    at_embedding = False
+
+    def __init__(self, config: ModelConfig, layer: int, width: int) -> None:
         super().__init__()
-        self.head_dim, self.theta = config.resolved_head_dim, config.rope_theta
+
+    def embed(
+        self, x: Float[Tensor, "... length d_model"], positions: Int[Tensor, "... length"] | None
+    ) -> Float[Tensor, "... length d_model"]:
+        """Add the position to the embedding."""
+        return x
+
+    def forward(
+        self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None
+    ) -> Float[Tensor, "... heads length head_dim"]:
+        """Put the position into queries or keys; `positions` None means 0 … length − 1."""
+        return x
+
+    def num_params(self) -> int:
+        return 0
+
+
+class NoPosition(Position):
+    """NoPE: nothing is added; the causal mask alone tells positions apart (Kazemnejad et al. 2023, arXiv 2305.19466)."""
+
+
+class TablePosition(Position):
+    """A position that reads a table computed from its formula, one row per position below `context_length`.
+
+    The table is kept in fp32 at least and built in fp64: a model that is cast does not round it.
+    """
+
+    table: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int, width: int) -> None:
+        super().__init__(config, layer, width)
         self.context_length = config.context_length
-        self._build(torch.get_default_dtype(), None)
+
+    def compute(self) -> Float[Tensor, "context ..."]:
+        """The table, in fp64 on the CPU."""
+        raise NotImplementedError
 
     def _build(self, dtype: torch.dtype, device: torch.device | None) -> None:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
-        positions = torch.arange(self.context_length, dtype=torch.float64, device="cpu")
-        angles = torch.outer(positions, self.theta**-exponents)
-        table = torch.stack([angles.cos(), angles.sin()])
-        self.register_buffer("table", table.to(dtype).to(device), persistent=False)
+        self.register_buffer("table", self.compute().to(dtype).to(device), persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TablePosition:
         # `model.bfloat16()` would round the table too: build it anew.
         super()._apply(fn, recurse)
-        table: Tensor = self.table  # type: ignore[assignment]
-        self._build(table.dtype, table.device)
+        self._build(self.table.dtype, self.table.device)
         return self
 
-    def angles(
-        self, length: int, positions: Int[Tensor, "... length"] | None
-    ) -> tuple[Float[Tensor, "... length half"], Float[Tensor, "... length half"]]:
-        """cos and sin for each position below `context_length`; `positions` None means 0 … length − 1."""
-        table: Tensor = self.table  # type: ignore[assignment]
-        cos, sin = table[:, :length] if positions is None else table[:, positions]
-        return cos, sin
 
-    def forward(
-        self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None
-    ) -> Float[Tensor, "... heads length head_dim"]:
-        cos, sin = (part.to(x.dtype) for part in self.angles(x.shape[-2], positions))
-        if cos.ndim > 2:  # positions differ between rows: line up with the heads
-            cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def sinusoids(length: int, width: int, base: float = 10_000.0) -> Float[Tensor, "length width"]:
+    """PE(p, 2i) = sin(p / base^(2i/width)), PE(p, 2i + 1) = cos of the same (Vaswani et al. 2017, section 3.5), in fp64."""
+    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 
-class NoPosition(nn.Module):
-    """NoPE: nothing is added; the causal mask alone tells positions apart (Kazemnejad et al. 2023, arXiv 2305.19466)."""
+class Sinusoidal(TablePosition):
+    """Sines and cosines of geometric wavelengths, added to the embedding (Vaswani et al. 2017, section 3.5)."""
+
+    at_embedding = True
+
+    def __init__(self, config: ModelConfig, layer: int, width: int) -> None:
+        super().__init__(config, layer, width)
+        self.d_model = config.d_model
+        self._build(torch.get_default_dtype(), None)
+
+    def compute(self) -> Tensor:
+        return sinusoids(self.context_length, self.d_model)
+
+    def embed(
+        self, x: Float[Tensor, "... length d_model"], positions: Int[Tensor, "... length"] | None
+    ) -> Float[Tensor, "... length d_model"]:
+        rows = self.table[: x.shape[-2]] if positions is None else self.table[positions]
+        return x + rows.to(x.dtype)
+
+
+class Learned(Position):
+    """A learned vector per position, added to the embedding (GPT-1 to GPT-3): none beyond `context_length`."""
+
+    at_embedding = True
+
+    def __init__(self, config: ModelConfig, layer: int, width: int) -> None:
+        super().__init__(config, layer, width)
+        self.reference = config.kernels == "reference"
+        self.weight = nn.Parameter(torch.empty(config.context_length, config.d_model))
+        self.weight.role = "embedding"  # type: ignore[attr-defined]
+
+    def embed(
+        self, x: Float[Tensor, "... length d_model"], positions: Int[Tensor, "... length"] | None
+    ) -> Float[Tensor, "... length d_model"]:
+        if positions is None:
+            return x + self.weight[: x.shape[-2]]
+        return x + (self.weight[positions] if self.reference else F.embedding(positions, self.weight))
+
+    def num_params(self) -> int:
+        return self.weight.numel()
+
+
+def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
+    """2^(−8/n), 2^(−16/n), … for n heads (Press et al. 2021, arXiv 2108.12409, section 3).
+
+    Where n is no power of two, those of the largest power of two below it come first, and then every other one of twice that
+    power, as in the authors' code.
+    """
+    whole = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    between = [2 ** (-8 * (i + 1) / (2 * whole)) for i in range(0, 2 * whole, 2)]
+    return torch.tensor((first + between)[:heads], dtype=torch.float64, device="cpu")
+
+
+class ALiBi(TablePosition):
+    """Each head takes slope · distance from its scores (Press et al. 2021): near is liked, far beyond training still works."""
+
+    def __init__(self, config: ModelConfig, layer: int, width: int) -> None:
+        super().__init__(config, layer, width)
+        self.heads = config.heads
+        self._build(torch.get_default_dtype(), None)
+
+    def compute(self) -> Tensor:
+        return alibi_slopes(self.heads)
+
+    @property
+    def slopes(self) -> Tensor:  # type: ignore[override]
+        return self.table
+
+
+class Positions:
+    """The positions of all layers: what is equal between layers is built once and shared.
+
+    Args:
+        config: the architecture.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        self.config = config
+        self._built: dict[tuple[object, ...], Position] = {}
 
-    def forward(
-        self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None
-    ) -> Float[Tensor, "... heads length head_dim"]:
-        return x
+    def _shared(self, key: tuple[object, ...], kind: type[Position], layer: int, width: int) -> Position:
+        if key not in self._built:
+            self._built[key] = kind(self.config, layer, width)
+        return self._built[key]
+
+    def at(self, layer: int, width: int) -> Position:
+        """What one layer's attention does to queries and keys of `width`, and to their scores."""
+        rope, name = self.config.rope, self.config.position_at(layer)
+        kind = choices.POSITION.get(name)
+        if kind.at_embedding:  # it is in the stream already
+            return self._shared(("in the stream",), NoPosition, layer, width)
+        latent = self.config.attention_at(layer) == "mla"
+        settings = (rope.theta[layer % len(rope.theta)], rope.scaling[layer % len(rope.scaling)], latent)
+        return self._shared((name, width, settings), kind, layer, width)
+
+    def at_embedding(self) -> list[Position]:
+        """What is added to the embedding, each once."""
+        names = dict.fromkeys(self.config.position_at(layer) for layer in range(max(1, self.config.layers)))
+        kinds = [choices.POSITION.get(name) for name in names]
+        return [kind(self.config, 0, 0) for kind in kinds if kind.at_embedding]

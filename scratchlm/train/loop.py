@@ -21,6 +21,7 @@ from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.progress import progress
+from scratchlm.section import flat_fields
 from scratchlm.tokenizer import Tokenizer
 from scratchlm.train.checkpoint import (
     Checkpoint,
@@ -53,6 +54,18 @@ class Loss(Protocol):
     def __call__(self, batch: Any) -> Tensor: ...
     def compile(self) -> None: ...
     def eager(self) -> None: ...
+
+    def extra(self) -> Tensor | None:
+        """What the batches of this step added beyond the cross-entropy: not shown as loss."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """More to log about this step."""
+        ...
+
+    def after_step(self, updated: bool = True) -> None:
+        """The optimizer has stepped (or the step was skipped)."""
+        ...
 
 
 class Interrupted(Exception):
@@ -96,6 +109,7 @@ class Trainer:
     show_progress: bool = True
     state: Progress = field(default_factory=Progress)
     _signal: int | None = None
+    _figures: dict[str, Any] = field(default_factory=dict)
 
     def fit(self) -> Progress:
         """Train until `config.steps`, from the newest checkpoint if there is one.
@@ -192,7 +206,7 @@ class Trainer:
                     state.loss_steps += 1
                 self._update_bar(bar, loss)
                 last = state.step == config.steps
-                if last or state.step % config.log_interval == 0:
+                if self._logs(state.step):
                     self._log(norm)
                 improved = False
                 if last or state.step % config.eval_interval == 0:
@@ -232,12 +246,22 @@ class Trainer:
             self.state.compile = "off"
             total = self._gradients(micro_batches, tokens)
         norm = float(clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf))
+        if (extra := self.loss.extra()) is not None:
+            total = total - extra
         mean = float(total) / max(tokens, 1)
-        if math.isfinite(mean) and math.isfinite(norm):
+        updated = math.isfinite(mean) and math.isfinite(norm)
+        if self._logs(self.state.step + 1):
+            self._figures = self.loss.figures()
+        self.loss.after_step(updated)
+        if updated:
             self.optimizers.step()  # 6
             self.state.skipped_in_a_row = 0
             return mean, norm, tokens
         return self._skip(mean, norm), norm, tokens
+
+    def _logs(self, step: int) -> bool:
+        """Whether this step gets a line of metrics."""
+        return step == self.config.steps or step % self.config.log_interval == 0
 
     def _gradients(self, micro_batches: list[Any], tokens: int) -> Tensor:
         """The gradient of the step's mean loss, summed over micro-batches; returns the summed loss.
@@ -306,6 +330,7 @@ class Trainer:
                 "tokens": state.tokens,
                 "tokens_per_second": self._speed(),
                 "seconds": self._elapsed(),
+                **self._figures,
             }
         )
         state.loss_sum, state.loss_steps = 0.0, 0
@@ -375,9 +400,14 @@ def _is_compiler_error(error: Exception) -> bool:
     return module.startswith(("torch._dynamo", "torch._inductor"))
 
 
+SAME_FUNCTION = ("kernels", "attention_kernel", "linear.form", "linear.chunk", "moe.dispatch")
+"""Fields of the model that are only another way to compute the same."""
+
+
 def _first_difference(then: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """The first field that changes what is learnt; kernels are only another way to compute the same."""
-    for name in type(now).model_fields:
-        if name not in ("kernels", "attention_kernel") and getattr(then, name) != getattr(now, name):
-            return name, getattr(then, name), getattr(now, name)
+    """The first field that changes what is learnt."""
+    before = flat_fields(then)
+    for name, value in flat_fields(now).items():
+        if name not in SAME_FUNCTION and before[name] != value:
+            return f"model.{name}", before[name], value
     return None

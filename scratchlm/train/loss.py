@@ -1,13 +1,26 @@
-"""The training objective: next-token cross-entropy."""
+"""The training objective: next-token cross-entropy, and what the architecture adds to it.
+
+::
+
+    objective = Σ −log p(next token)  [+ z-loss]      over all targets
+              + tokens · (balance and z-losses of the routers)
+              + mtp_weight / depth · Σ over depths of the same cross-entropy, further ahead
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from scratchlm.kernels.cross_entropy import chunked_linear_cross_entropy, reference_linear_cross_entropy
+from scratchlm.kernels.cross_entropy import (
+    IGNORE_INDEX,
+    HeadOptions,
+    chunked_linear_cross_entropy,
+    reference_linear_cross_entropy,
+)
+from scratchlm.model.context import Context, RouterRecord
 from scratchlm.model.transformer import Transformer
 
 
@@ -21,18 +34,28 @@ class Batch(Protocol):
 
 
 class NextTokenLoss:
-    """Sum over a batch of −log p(target | what came before), in nats.
+    """Sum over a batch of −log p(target | what came before), in nats, with the architecture's own additions.
+
+    Under ``mask = prefix_lm`` the targets inside the prefix count for nothing: their tokens have been seen.
 
     Args:
         model: the Transformer.
         kernel: ``reference`` (all logits) or ``chunked``; ``auto`` is chunked.
+        z_loss: weight of the squared log-normaliser of the language model's softmax.
+        mtp_weight: weight of the multi-token predictions (λ in DeepSeek-V3, eq. 25).
     """
 
-    def __init__(self, model: Transformer, kernel: str = "auto") -> None:
+    def __init__(
+        self, model: Transformer, kernel: str = "auto", *, z_loss: float = 0.0, mtp_weight: float = 0.3
+    ) -> None:
         self.model = model
         self.kernel = "chunked" if kernel == "auto" else kernel
+        self.options = HeadOptions(model.config.logit_scale, model.config.logit_soft_cap, z_loss)
+        self.mtp_weight = mtp_weight
         self.body = model.body
         self.compiled = False
+        self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0
+        self._forget()
 
     def compile(self) -> None:
         """Run the model's blocks and the pointwise part of the loss through torch.compile."""
@@ -45,7 +68,96 @@ class NextTokenLoss:
         self.compiled = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        hidden = self.model.hidden(batch.inputs, batch.positions, batch.documents, body=self.body)
+        context = self.model.context(batch.inputs, batch.positions, batch.documents)
+        hidden, routers = self.model.run(batch.inputs, context, self.body)
+        targets = batch.targets
+        if self._prefix > 1:
+            targets = targets.clone()
+            targets[..., : self._prefix - 1] = IGNORE_INDEX
+        objective, nats = self._head(hidden, targets)
+        tokens = (targets != IGNORE_INDEX).sum()
+        if self.model.predictions:
+            further, more = self._predictions(hidden, batch, targets, context)
+            routers = [*routers, *more]
+            objective = objective + self.mtp_weight / len(self.model.predictions) * further
+        for record in routers:
+            objective = objective + tokens * record.loss
+        self._remember(objective, nats, routers)
+        return objective
+
+    def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.model.head.weight
         if self.kernel == "reference":
-            return reference_linear_cross_entropy(hidden, self.model.head.weight, batch.targets)
-        return chunked_linear_cross_entropy(hidden, self.model.head.weight, batch.targets, compiled=self.compiled)
+            return reference_linear_cross_entropy(hidden, weight, targets, self.options)
+        return chunked_linear_cross_entropy(hidden, weight, targets, self.options, compiled=self.compiled)
+
+    def _predictions(
+        self, hidden: Tensor, batch: Batch, targets: Tensor, context: Context
+    ) -> tuple[Tensor, list[RouterRecord]]:
+        """The summed loss of all depths: module k reads the token k + 1 ahead and foretells the one after it."""
+        total = torch.zeros((), device=hidden.device)
+        context.routers.clear()
+        for k, module in enumerate(self.model.predictions):
+            known, asked = _ahead(targets, k, batch.documents), _ahead(targets, k + 1, batch.documents)
+            embedded = self.model.embed(known.clamp(min=0), batch.positions)
+            hidden = module(hidden, embedded, context)
+            asked = asked.masked_fill(known == IGNORE_INDEX, IGNORE_INDEX)
+            total = total + self._head(module.norm(hidden), asked)[0]  # type: ignore[operator]
+        return total, list(context.routers)
+
+    # What the trainer reads beside the objective.
+
+    def _forget(self) -> None:
+        self._extra: Tensor | None = None
+        self._records: dict[int, RouterRecord] = {}
+
+    def _remember(self, objective: Tensor, nats: Tensor, routers: list[RouterRecord]) -> None:
+        """Keep sums over the step's micro-batches, without waiting for the device."""
+        extra = objective.detach() - nats
+        self._extra = extra if self._extra is None else self._extra + extra
+        for record in routers:
+            before = self._records.get(record.layer)
+            self._records[record.layer] = record.detached() if before is None else before.plus(record.detached())
+
+    def extra(self) -> Tensor | None:
+        """What the objective held beyond the cross-entropy since :meth:`after_step`, summed; None: no batch yet."""
+        return self._extra
+
+    def figures(self) -> dict[str, Any]:
+        """For the metrics: the routers' loads, the worst expert's share of an even load, dropped share, entropy."""
+        if not self._records:
+            return {}
+        records = [self._records[layer] for layer in sorted(self._records)]
+        loads = [record.load for record in records]
+        return {
+            "expert_load": [load.tolist() for load in loads],
+            "expert_max_over_mean": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in loads),
+            "expert_dropped": float(sum(r.dropped / r.load.sum().clamp(min=1) for r in records)) / len(records),
+            "router_entropy": float(sum(r.entropy / r.passes for r in records)) / len(records),
+            "router_loss": float(sum(r.loss / r.passes for r in records)),
+        }
+
+    def after_step(self, updated: bool = True) -> None:
+        """The optimizer has stepped: routers that balance without a loss move their biases; the sums begin anew.
+
+        Args:
+            updated: False if the step was skipped: then no bias moves.
+        """
+        if updated and self.model.config.moe.bias_update:
+            for layer, record in self._records.items():
+                block = [*self.model.blocks, *(module.block for module in self.model.predictions)][layer]
+                block.feedforward.router.update_bias(record.load)
+        self._forget()
+
+
+def _ahead(targets: Tensor, steps: int, documents: Tensor | None) -> Tensor:
+    """The targets `steps` places further on; IGNORE_INDEX where the row ends or another document begins."""
+    if steps == 0:
+        return targets
+    moved = torch.full_like(targets, IGNORE_INDEX)
+    moved[..., :-steps] = targets[..., steps:]
+    if documents is not None:
+        same = torch.zeros_like(targets, dtype=torch.bool)
+        same[..., :-steps] = documents[..., steps:] == documents[..., :-steps]
+        moved = moved.masked_fill(~same, IGNORE_INDEX)
+    return moved

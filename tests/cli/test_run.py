@@ -152,6 +152,9 @@ def test_another_way_to_compute_the_same_may_go_on(
         "train.compile": "auto",
         "train.loss_kernel": "reference",
         "optim.implementation": "reference",
+        "model.linear.form": "recurrent",
+        "model.linear.chunk": "8",
+        "model.moe.dispatch": "reference",
     }
     lines(capfd, "train", "small.toml", *SIX)
     shutil.rmtree(last_checkpoint(small / "runs/small"))

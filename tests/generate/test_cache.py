@@ -17,7 +17,7 @@ VARIANTS = [
     {"kv_heads": 2, "attention_kernel": "reference"},
     {"kv_heads": 2, "attention_kernel": "blocked"},
     {"kernels": "reference", "kv_heads": 2},
-    {"qk_norm": "rmsnorm", "feedforward": "relu2", "tied_embeddings": True},
+    {"qk_norm": "head", "feedforward": "relu2", "tied_embeddings": True},
     {"position": "none"},
     {"head_dim": 6, "kv_heads": 2},
     {"layers": 0},
@@ -85,7 +85,8 @@ def test_padding_keys_and_values_are_zero_even_where_they_were_not_finite():
     cache = KVCache(config, 2, 6, padding=torch.tensor([2, 0]))
     k = torch.full((2, 4, 3, 8), float("nan"))
     k[0, :, 2], k[1] = 1.0, 2.0
-    keys, values = cache.update(0, k, k)
+    kept = cache.append(0, {"k": k, "v": k})
+    keys, values = kept["k"], kept["v"]
     assert (keys[0, :, :2] == 0).all() and (values[0, :, :2] == 0).all()
     assert (keys[0, :, 2] == 1).all() and (keys[1] == 2).all()
     mask = cache.key_mask(2, 4)
@@ -95,9 +96,9 @@ def test_padding_keys_and_values_are_zero_even_where_they_were_not_finite():
 def test_steps_write_in_place_and_return_views():
     config = ModelConfig(**BASE)
     cache = KVCache(config, 1, 8, dtype=torch.bfloat16)
-    first, _ = cache.update(1, torch.ones(1, 4, 3, 8), torch.ones(1, 4, 3, 8))
+    first = cache.append(1, {"k": torch.ones(1, 4, 3, 8), "v": torch.ones(1, 4, 3, 8)})["k"]
     cache.advance(3)
-    second, _ = cache.update(1, torch.ones(1, 4, 1, 8), torch.ones(1, 4, 1, 8))
+    second = cache.append(1, {"k": torch.ones(1, 4, 1, 8), "v": torch.ones(1, 4, 1, 8)})["k"]
     assert first.dtype == second.dtype == torch.bfloat16
     assert first.data_ptr() == second.data_ptr()  # nothing was copied
     assert second.shape == (1, 4, 4, 8)
@@ -109,7 +110,7 @@ def test_memory_is_what_bytes_per_token_says():
     cache = KVCache(config, 3, 10)
     with torch.no_grad():
         model(torch.zeros(3, 4, dtype=torch.int64), cache=cache)
-    rooms = [room for room in (*cache._keys, *cache._values) if room is not None]
+    rooms = [room for layer in cache._slots for room in layer.values()]
     assert sum(room.numel() * room.itemsize for room in rooms) == 3 * 10 * KVCache.bytes_per_token(config)
     assert (
         KVCache.bytes_per_token(config, torch.bfloat16) == 2 * 2 * 2 * 8 * 2
@@ -135,7 +136,7 @@ def test_too_many_tokens_and_empty_caches_are_refused():
     config = ModelConfig(**BASE)
     cache = KVCache(config, 1, 4)
     with pytest.raises(UserError, match="holds 4 tokens, 5 were given"):
-        cache.update(0, torch.zeros(1, 4, 5, 8), torch.zeros(1, 4, 5, 8))
+        cache.append(0, {"k": torch.zeros(1, 4, 5, 8)})
     for batch, length in ((0, 4), (1, 0)):
         with pytest.raises(UserError, match="holds nothing"):
             KVCache(config, batch, length)

@@ -143,7 +143,7 @@ def test_greedy_equals_transformers():
             num_key_value_heads=config.resolved_kv_heads,
             max_position_embeddings=config.context_length,
             rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
+            rope_theta=config.rope.theta[0],
             tie_word_embeddings=False,
         )
     ).double()
@@ -180,7 +180,7 @@ class Spy(Transformer):
         super().__init__(config, seed=0)
         self.shapes: list[tuple[int, ...]] = []
 
-    def hidden(self, ids, positions=None, documents=None, cache=None):
+    def hidden(self, ids, positions=None, documents=None, cache=None, prefix=None):
         self.shapes.append(tuple(ids.shape))
         assert not self.training
         return super().hidden(ids, positions, documents, cache)
@@ -236,7 +236,7 @@ class Script:
         rows = torch.tensor([list(row) + [0] * (1000 - len(row)) for row in self.script])
         return rows.gather(1, positions)[..., None]
 
-    def head(self, hidden):
+    def logits(self, hidden):
         return torch.nn.functional.one_hot(hidden[..., 0], self.config.vocab_size).double()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scratchlm.kernels import attention as kernels
-from scratchlm.kernels.attention import (
-    auto_attention,
-    blocked_causal_attention,
-    reference_attention,
-    sdpa_attention,
-)
+from scratchlm.kernels import blocked_attention as blocked
+from scratchlm.kernels.attention import Scores, auto_attention, reference_attention, sdpa_attention
+from scratchlm.kernels.blocked_attention import blocked_attention
+from scratchlm.kernels.flex_attention import flex_attention
+from scratchlm.kernels.visibility import Rule, Visibility, columns_per_block, plan_of, scores_computed
+from scratchlm.model.mask import Strided
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,
-    "blocked": functools.partial(blocked_causal_attention, block=4),
-    "blocked, 128": blocked_causal_attention,
+    "blocked": functools.partial(blocked_attention, block=4),
+    "blocked, 128": blocked_attention,
     "auto": auto_attention,
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
@@ -85,30 +87,160 @@ def test_torchs_own_function_and_its_gradients(kernel: Callable[..., Tensor], le
         torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-5)
 
 
+@dataclass(frozen=True, eq=False)
+class Table(Rule):
+    """A rule that looks every pair up in a matrix (…, positions, positions)."""
+
+    matrix: Tensor
+
+    def allowed(self, queries: Tensor, keys: Tensor, prefix: int | Tensor = 0) -> Tensor:
+        return self.matrix[..., queries, :][..., keys]
+
+
+def seen(matrix: Tensor, *, planned: bool = False, **more: Any) -> Visibility:
+    rule, places = Table(matrix), torch.arange(matrix.shape[-1])
+    plan = plan_of(rule, len(places), None, 4) if planned else None
+    return Visibility(rule, places, places, columns=plan, block=4, **more)
+
+
 @every_kernel
 @pytest.mark.parametrize("kv_heads", [2, 1])
-@pytest.mark.parametrize("shape", [(9, 9), (1, 1, 9, 9), (2, 1, 9, 9), (2, 4, 9, 9)])
-def test_a_mask_and_rows_that_may_read_nothing(
+@pytest.mark.parametrize("shape", [(9, 9), (2, 9, 9)])
+def test_any_rule_and_rows_that_may_read_nothing(
     kernel: Callable[..., Tensor], shape: tuple[int, ...], kv_heads: int
 ) -> None:
-    """Such a row gives zeros, no NaN, and no gradient."""
+    """A row whose keys are all padding gives zeros, no NaN, and no gradient."""
     tensors = [t.requires_grad_() for t in drawn(9, kv_heads=kv_heads)]
     q, k, v = tensors
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.4
-    mask[..., 3, :] = False
-    full = mask.expand(2, 4, 9, 9)
-    ours = kernel(q, k, v, mask)
+    matrix = (torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.4) | torch.eye(9).bool()
+    matrix[..., 3, :] = torch.arange(9) == 3
+    valid = (torch.arange(9) != 3).expand(2, 9)
+    full = (matrix & valid[:, None, :]).expand(2, 9, 9)
+    ours = kernel(q, k, v, seen(matrix, key_mask=valid))
     for row in range(2):
         for head in range(4):
             reads = slice(head * kv_heads // 4, head * kv_heads // 4 + 1)
             one = by_loops(
-                q[row, head : head + 1].detach(), k[row, reads].detach(), v[row, reads].detach(), full[row, head]
+                q[row, head : head + 1].detach(), k[row, reads].detach(), v[row, reads].detach(), full[row]
             )
             np.testing.assert_allclose(ours[row, head].detach().numpy(), one[0], rtol=1e-4, atol=1e-5)
     assert not ours[..., 3, :].any()
     d_q, d_k, d_v = torch.autograd.grad(ours.square().sum(), tensors)
     assert not d_q[..., 3, :].any()
     assert all(gradient.isfinite().all() and gradient.any() for gradient in (d_q, d_k, d_v))
+
+
+def by_formula(
+    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, scores: Scores, away: Callable[[int, int], int]
+) -> np.ndarray:
+    """One head's attention with everything that may happen to a score, number by number; q (heads, t, width)."""
+    heads, length, width = q.shape
+    out = np.zeros((heads, length, v.shape[-1]))
+    for h in range(heads):
+        kv = h // (heads // k.shape[0])
+        for i in range(length):
+            terms = []
+            for j in range(length):
+                if not matrix[i, j]:
+                    continue
+                score = float(q[h, i] @ k[kv, j]) * (width**-0.5 if scores.scale is None else scores.scale)
+                if scores.soft_cap is not None:
+                    score = scores.soft_cap * math.tanh(score / scores.soft_cap)
+                if scores.slopes is not None:
+                    score -= float(scores.slopes[h]) * away(i, j)
+                terms.append((math.exp(score), v[kv, j].numpy()))
+            total = sum(weight for weight, _ in terms)
+            total += 0.0 if scores.sinks is None else math.exp(float(scores.sinks[h]))
+            out[h, i] = sum(weight / total * value for weight, value in terms)
+    return out
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS.values(), flex_attention], ids=[*KERNELS, "flex"])
+@pytest.mark.parametrize("plan", ["causal", "rule", "planned rule", "documents"])
+@pytest.mark.parametrize("what", ["scale", "soft_cap", "slopes", "sinks", "scale soft_cap slopes sinks"])
+def test_everything_that_happens_to_scores(kernel: Callable[..., Tensor], plan: str, what: str) -> None:
+    q, k, v = (2 * t for t in drawn(9, kv_heads=2, dtype=torch.float64))
+    v = torch.cat([v, v.flip(-1)], dim=-1)[..., :8]  # values wider than keys
+    options = {
+        "scale": 0.7,
+        "soft_cap": 1.5,
+        "slopes": torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64),
+        "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64),
+    }
+    scores = Scores(**{name: options[name] for name in what.split()})  # type: ignore[arg-type]
+    matrix = torch.ones(9, 9).tril().bool()
+    visible = None
+    if plan in ("rule", "planned rule"):
+        matrix = matrix & (torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.5) | torch.eye(9).bool()
+        visible = seen(matrix, planned=plan == "planned rule")
+    elif plan == "documents":
+        documents = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]] * 2)
+        visible = seen(matrix, query_documents=documents, key_documents=documents)
+        matrix = matrix & (documents[0][:, None] == documents[0])
+    ours = kernel(q, k, v, visible, scores)
+    for row in range(2):
+        expected = by_formula(q[row], k[row], v[row], matrix, scores, lambda i, j: abs(i - j))
+        np.testing.assert_allclose(ours[row].numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@every_kernel
+def test_gradients_of_everything_at_once(kernel: Callable[..., Tensor]) -> None:
+    tensors = [t.requires_grad_() for t in drawn(9, kv_heads=2, dtype=torch.float64)]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    scores = Scores(0.7, 1.5, torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64), sinks)
+    matrix = (torch.ones(9, 9).tril() * (torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.5)).bool()
+    visible = seen(matrix | torch.eye(9).bool(), planned=True)
+    wanted = [*tensors, sinks]
+    ours = torch.autograd.grad(kernel(*tensors, visible, scores).sin().sum(), wanted)
+    theirs = torch.autograd.grad(reference_attention(*tensors, visible, scores).sin().sum(), wanted)
+    for gradient, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("stride", [1, 3, 5, 40])
+def test_a_mask_in_parts(stride: int, packed: bool, block: int) -> None:
+    """The strided mask's two patterns, computed apart in their own orders, are the whole mask; and so are the gradients."""
+    length = 23
+    tensors = [t.requires_grad_() for t in drawn(length, kv_heads=2, dtype=torch.float64)]
+    sinks = torch.tensor([0.5, -1.0, 60.0, 0.0], dtype=torch.float64, requires_grad=True)
+    scores = Scores(0.7, 1.5, torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64), sinks)
+    documents = torch.tensor([[0] * 9 + [1] * 14, [0] * 23]) if packed else None
+    whole = Visibility.of_sequence(Strided(stride), length, documents=documents, block=block)
+    places = torch.arange(length)
+    table = torch.tensor([[i >= j and (i - j < stride or (i - j) % stride == 0) for j in places] for i in places])
+    dense = Visibility(Table(table), places, places, query_documents=documents, key_documents=documents)
+    assert whole.parts and torch.equal(whole.matrix(), dense.matrix())
+    ours, theirs = blocked_attention(*tensors, whole, scores), reference_attention(*tensors, dense, scores)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    wanted = [*tensors, sinks]
+    gradients = [torch.autograd.grad(out.sin().sum(), wanted) for out in (ours, theirs)]
+    for gradient, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-10)
+
+
+@every_kernel
+def test_dropout_keeps_the_mean(kernel: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    q, k, v = drawn(6, lead=(1,))
+    exact = kernel(q, k, v)
+    many = torch.stack([kernel(q, k, v, None, Scores(dropout=0.3)) for _ in range(2000)])
+    assert many.std(dim=0).max() > 0.1
+    torch.testing.assert_close(many.mean(dim=0), exact, rtol=0, atol=0.1)
+
+
+def test_columns_of_a_plan_are_those_that_are_read() -> None:
+    """Brute force over pairs, for rules whose columns hang together and for those whose do not."""
+    for seed in range(5):
+        matrix = (torch.rand(11, 11, generator=torch.Generator().manual_seed(seed)) < 0.2) | torch.eye(11).bool()
+        plan = columns_per_block(Table(matrix), 11, 4)
+        for block, spans in enumerate(plan):
+            read = {j for i in range(4 * block, min(11, 4 * block + 4)) for j in range(11) if matrix[i, j]}
+            assert {j for start, end in spans for j in range(start, end)} == read
+        sizes = [4, 4, 3]
+        expected = sum(n * sum(e - s for s, e in spans) for n, spans in zip(sizes, plan, strict=True))
+        assert scores_computed(Table(matrix), 11, 4) == expected
 
 
 @every_kernel
@@ -167,7 +299,7 @@ def test_float64_is_computed_in_float64() -> None:
 
 def test_auto_takes_blocks_in_short_compiled_cpu_graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr(kernels, "blocked_causal_attention", lambda *_: called.append("blocked"))
+    monkeypatch.setattr(blocked, "blocked_attention", lambda *_: called.append("blocked"))
     monkeypatch.setattr(kernels, "sdpa_attention", lambda *_: called.append("sdpa"))
     auto_attention(*drawn(5))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -16,15 +16,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scratchlm.kernels.cross_entropy import (
-    IGNORE_INDEX,
-    chunked_linear_cross_entropy,
-    cross_entropy,
-    reference_linear_cross_entropy,
-)
+from scratchlm.kernels import cross_entropy as kernels
+from scratchlm.kernels.cross_entropy import IGNORE_INDEX, HeadOptions, cross_entropy
 
 ROWS = [1, 3, 5, 8, 30, 31, 1024]
 """Of 30 tokens: one row, not a divisor, divisors, all, more than all."""
+
+
+def reference_linear_cross_entropy(*args: Any, **options: Any) -> Tensor:
+    """The objective alone."""
+    return kernels.reference_linear_cross_entropy(*args, **options)[0]
+
+
+def chunked_linear_cross_entropy(*args: Any, **options: Any) -> Tensor:
+    """The objective alone."""
+    return kernels.chunked_linear_cross_entropy(*args, **options)[0]
 
 
 def drawn(
@@ -115,6 +121,39 @@ def test_enormous_logits(kernel: Callable[..., Tensor]) -> None:
     for targets, expected in (([0, 0, 1], math.log(2)), ([0, 1, 0], 4e4 + math.log(2))):
         check(kernel, x, weight, torch.tensor(targets))
         assert kernel(x, weight, torch.tensor(targets)).item() == pytest.approx(expected, rel=1e-6)
+
+
+OPTIONS = {
+    "scale": HeadOptions(scale=0.3),
+    "cap": HeadOptions(soft_cap=2.0),
+    "z": HeadOptions(z_loss=0.1),
+    "all": HeadOptions(scale=1.7, soft_cap=1.5, z_loss=0.02),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_scale_cap_and_z_loss(options: HeadOptions) -> None:
+    """Against the formula written with torch's functions; the cross-entropy alone comes out beside the objective."""
+    x, weight, targets = drawn(30, ignored=0.4, dtype=torch.float64)
+    logits = F.linear(x, weight) * options.scale
+    if options.soft_cap is not None:
+        logits = options.soft_cap * torch.tanh(logits / options.soft_cap)
+    nats = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    asked = targets != IGNORE_INDEX
+    expected = nats + options.z_loss * (torch.logsumexp(logits, dim=-1)[asked] ** 2).sum()
+    exact = torch.autograd.grad(expected, (x, weight))
+    for both in (
+        kernels.reference_linear_cross_entropy(x, weight, targets, options),
+        kernels.chunked_linear_cross_entropy(x, weight, targets, options, rows=7),
+    ):
+        torch.testing.assert_close(both[0], expected)
+        torch.testing.assert_close(both[1], nats.detach())
+        assert not both[1].requires_grad
+        for gradient, theirs in zip(torch.autograd.grad(both[0], (x, weight)), exact, strict=True):
+            torch.testing.assert_close(gradient, theirs)
+    assert torch.autograd.gradcheck(
+        lambda x, w: chunked_linear_cross_entropy(x, w, targets, options, rows=7), (x, weight)
+    )
 
 
 def test_each_token_by_hand() -> None:

@@ -23,7 +23,7 @@ from scratchlm.model import ModelConfig
         ({"d_model": 24, "heads": 8}, "head_dim = 3 must be even"),
         ({"head_dim": 5}, "head_dim = 5 must be even"),
         ({"norm": "rmsnrom"}, r"norm = 'rmsnrom' is unknown; did you mean rmsnorm\?"),
-        ({"feedforward": "SwiGlu"}, r"did you mean swiglu\?; allowed: swiglu, relu2"),
+        ({"feedforward": "SwiGlu"}, r"did you mean swiglu\?; allowed: relu, relu2"),
         ({"position": "rop"}, r"did you mean rope\?"),
         ({"attention_kernel": "block"}, r"did you mean blocked\?"),
         ({"kernels": "slow"}, "allowed: fast, reference"),

@@ -1,187 +1,289 @@
-"""Norm, position, feed-forward, linear and mask, each against its formula."""
+"""Norms, norms of queries and keys, feed-forwards, linears: each against its formula in float64."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from scratchlm.model import ModelConfig
-from scratchlm.model.feedforward import SquaredReLU, SwiGLU
+from scratchlm.model import ModelConfig, choices
+from scratchlm.model.context import Context
 from scratchlm.model.linear import Embedding, Linear
-from scratchlm.model.mask import Causal, attention_mask
-from scratchlm.model.norm import NoNorm, RMSNorm
-from scratchlm.model.position import NoPosition, RoPE
+from scratchlm.model.norm import FullWidthQKNorm, HeadQKNorm, NoNorm, NoQKNorm, norm_of
 
-both_kernels = pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+both_kernels = pytest.mark.parametrize("kernels", ["fast", "reference"])
+NORMS = [name for name in choices.NORM.names if name != "none"]
+every_norm = pytest.mark.parametrize("kind", NORMS)
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def norm_of(width: int, *, reference: bool, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> RMSNorm:
-    norm = RMSNorm(width, eps, reference=reference)
-    with torch.no_grad():
-        norm.weight.copy_(1 + 0.5 * drawn(width, seed=7))
-    return norm.to(dtype)
+@torch.no_grad()
+def moved(module: nn.Module, seed: int = 7) -> nn.Module:
+    """Every parameter away from where it starts."""
+    for index, parameter in enumerate(module.parameters()):
+        start = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+        parameter.copy_(start + 0.5 * drawn(*parameter.shape, seed=seed + index))
+    return module
+
+
+def a_norm(kind: str, width: int, kernels: str, eps: float = 1e-5) -> Any:
+    config = ModelConfig(norm=kind, norm_eps=eps, kernels=kernels)
+    return moved(norm_of(config, width)).double()
+
+
+def normed(kind: str, x: np.ndarray, eps: float, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Every norm, vector by vector, from the papers' formulas."""
+    out = np.empty_like(x)
+    for place in np.ndindex(x.shape[:-1]):
+        vector = x[place]
+        if kind.startswith("layernorm"):
+            vector = vector - sum(vector) / len(vector)
+        unit = vector / math.sqrt(sum(v * v for v in vector) / len(vector) + eps)
+        out[place] = {
+            "rmsnorm": unit * gain,
+            "rmsnorm_noscale": unit,
+            "rmsnorm_unit_offset": unit * (1 + gain),
+            "layernorm": unit * gain + shift,
+            "layernorm_nobias": unit * gain,
+            "layernorm_noparams": unit,
+        }[kind]
+    return out
+
+
+def parameters_of(norm: Any, width: int) -> tuple[np.ndarray, np.ndarray]:
+    gain, shift = np.full(width, np.nan), np.full(width, np.nan)  # what a kind does not have must not be used
+    if norm.weight is not None:
+        gain = norm.weight.detach().double().numpy()
+    if norm.bias is not None:
+        shift = norm.bias.detach().double().numpy()
+    return gain, shift
 
 
 @both_kernels
+@every_norm
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 4, 16)])
-def test_rmsnorm_is_the_formula(shape: tuple[int, ...], eps: float, reference: bool) -> None:
-    x = drawn(*shape) * 3
-    norm = norm_of(16, reference=reference, eps=eps)
-    torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, eps))
-    gain = norm.weight.detach().numpy().astype(np.float64)
-    wide = x.numpy().astype(np.float64)
-    by_hand = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * gain
-    np.testing.assert_allclose(norm(x).detach().numpy(), by_hand, rtol=1e-5, atol=1e-6)
+def test_norms_are_their_formulas(kind: str, shape: tuple[int, ...], eps: float, kernels: str) -> None:
+    x = drawn(*shape) * 3 + 0.5
+    norm = a_norm(kind, 16, kernels, eps)
+    expected = normed(kind, x.numpy(), eps, *parameters_of(norm, 16))
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @both_kernels
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "layernorm_nobias", "layernorm_noparams"])
+def test_norms_are_torchs_with_the_same_state(kind: str, kernels: str) -> None:
+    norm = a_norm(kind, 16, kernels, eps=1e-3)
+    if kind == "rmsnorm":
+        theirs: nn.Module = nn.RMSNorm(16, eps=1e-3).double()
+    else:
+        theirs = nn.LayerNorm(
+            16, eps=1e-3, elementwise_affine=norm.weight is not None, bias=norm.bias is not None
+        ).double()
+    theirs.load_state_dict(norm.state_dict(), strict=True)
+    found = []
+    for module in (norm, theirs):
+        x = drawn(5, 16).requires_grad_()
+        out = module(x)
+        found.append((out, *torch.autograd.grad(out.pow(3).sum(), [x, *module.parameters()])))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+@both_kernels
+@every_norm
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_rmsnorm_computes_in_float32_inside(reference: bool, weight_dtype: torch.dtype) -> None:
+def test_norms_compute_in_float32_inside(kind: str, kernels: str, weight_dtype: torch.dtype) -> None:
+    norm = a_norm(kind, 512, kernels).to(weight_dtype)
     x = drawn(64, 512, dtype=torch.bfloat16)
-    norm = norm_of(512, reference=reference, dtype=weight_dtype)
     out = norm(x)
     assert out.dtype == torch.bfloat16
-    exact = F.rms_norm(x.double(), (512,), norm.weight.double(), 1e-5)
+    exact = normed(kind, x.double().numpy(), 1e-5, *parameters_of(norm, 512))
     # Only the last rounding is left: at most half a unit in the last of bfloat16's 8 digits (and float32's own noise).
-    assert ((out.double() - exact).abs() <= exact.abs() * (2**-8 * 1.001)).all()
-    narrow = x / (x * x).mean(-1, keepdim=True).add(1e-5).sqrt() * norm.weight.bfloat16()
-    assert ((narrow.double() - exact).abs() > exact.abs() * 2**-8 * 1.5).any(), "the test could not tell"
-    loud = torch.full((4, 512), 1000.0, dtype=torch.float16)  # its square does not fit float16
-    expected = norm.weight.float().expand(4, 512)
-    torch.testing.assert_close(norm(loud).float(), expected, rtol=1e-2, atol=0)
+    assert (np.abs(out.detach().double().numpy() - exact) <= np.abs(exact) * 2**-8 * 1.001 + 1e-6).all()
+    loud = drawn(4, 512).sign().mul(1000).half()  # its square does not fit float16
+    exact = normed(kind, loud.double().numpy(), 1e-5, *parameters_of(norm, 512))
+    out = norm(loud)
+    assert out.dtype == torch.float16
+    np.testing.assert_allclose(out.detach().float().numpy(), exact, rtol=2e-3, atol=2e-3)
 
 
 @both_kernels
-def test_rmsnorm_of_nothing_and_under_autocast(reference: bool) -> None:
-    norm = norm_of(8, reference=reference)
-    assert torch.equal(norm(torch.zeros(2, 8)), torch.zeros(2, 8))
-    x = drawn(2, 8)
+@every_norm
+def test_norms_start_at_a_gain_of_one(kind: str, kernels: str) -> None:
+    norm = norm_of(ModelConfig(norm=kind, kernels=kernels), 100)
+    x = drawn(3, 100)
+    twin = "layernorm_noparams" if kind.startswith("layernorm") else "rmsnorm_noscale"
+    expected = normed(twin, x.numpy(), 1e-5, *parameters_of(a_norm(twin, 100, kernels), 100))
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert not norm(torch.zeros(2, 100)).any()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(norm(x), norm_of(8, reference=True)(x))
+        assert norm(x.float()).dtype == torch.float32
+
+
+def test_what_norms_hold() -> None:
+    held = {
+        "rmsnorm": {"weight": "norm"},
+        "rmsnorm_noscale": {},
+        "rmsnorm_unit_offset": {"weight": "norm"},
+        "layernorm": {"weight": "norm", "bias": "bias"},
+        "layernorm_nobias": {"weight": "norm"},
+        "layernorm_noparams": {},
+        "none": {},
+    }
+    assert held.keys() == set(choices.NORM.names)
+    for kind, roles in held.items():
+        norm = norm_of(ModelConfig(), 10, kind)
+        assert {name: parameter.role for name, parameter in norm.named_parameters()} == roles
+        assert norm.num_params() == 10 * len(roles) and norm.flops_per_token() == 0
+        start = {"weight": 0.0 if kind == "rmsnorm_unit_offset" else 1.0, "bias": 0.0}
+        for name, parameter in norm.named_parameters():
+            assert torch.equal(parameter, torch.full((10,), start[name])), (kind, name)
     x = drawn(3, 8)
-    assert NoNorm(8)(x) is x and NoNorm(8).num_params() == 0
-
-
-def rope(head_dim: int = 8, context_length: int = 64, theta: float = 10_000.0) -> RoPE:
-    return RoPE(
-        ModelConfig(vocab_size=1, d_model=head_dim, heads=1, context_length=context_length, rope_theta=theta)
-    )
-
-
-def turned(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """RoPE as multiplication of complex numbers by exp(i · position · θ^(−2i/d)), float64."""
-    half = x.shape[-1] // 2
-    as_complex = x[..., :half].astype(np.complex128) + 1j * x[..., half:]
-    frequencies = theta ** (-2 * np.arange(half) / x.shape[-1])
-    out = as_complex * np.exp(1j * positions[..., None] * frequencies)
-    return np.concatenate([out.real, out.imag], axis=-1)
-
-
-@pytest.mark.parametrize("theta", [10_000.0, 500.0])
-@pytest.mark.parametrize("head_dim", [2, 8, 64])
-def test_rope_is_complex_multiplication(head_dim: int, theta: float) -> None:
-    layer = rope(head_dim, context_length=512, theta=theta)
-    x = drawn(2, 3, 512, head_dim)
-    expected = turned(x.numpy(), np.arange(512), theta)
-    np.testing.assert_allclose(layer(x, None).numpy(), expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(layer(x, torch.arange(512)).numpy(), expected, rtol=0, atol=2e-4)
-    rows = torch.stack([torch.arange(512) % 5, torch.arange(512).flip(0)])  # of its own for each row of the batch
-    expected = turned(x.numpy(), rows.numpy()[:, None], theta)
-    np.testing.assert_allclose(layer(x, rows).numpy(), expected, rtol=0, atol=2e-4)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 23), st.integers(0, 1000))
-def test_rope_products_depend_on_the_distance_alone(m: int, n: int, shift: int, seed: int) -> None:
-    layer = rope(head_dim=16)
-    q, k = drawn(1, 1, 16, seed=seed), drawn(1, 1, 16, seed=seed + 1)
-
-    def product(query: int, key: int) -> float:
-        turned_q, turned_k = layer(q, torch.tensor([query])), layer(k, torch.tensor([key]))
-        torch.testing.assert_close(turned_q.norm(), q.norm())
-        return (turned_q * turned_k).sum().item()
-
-    assert product(m, n) == pytest.approx(product(m + shift, n + shift), abs=1e-4)
-    assert product(m, m) == pytest.approx((q * k).sum().item(), abs=1e-4)
-
-
-def test_rope_angles_survive_a_cast_of_the_model() -> None:
-    exact = rope(context_length=4096).double().angles(4096, None)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        cast = rope(context_length=4096).to(dtype)
-        assert cast.table.dtype == torch.float32
-        for positions in (None, torch.arange(4096)):
-            for ours, theirs in zip(cast.angles(4096, positions), exact, strict=True):
-                torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=5e-4)
-    assert exact[0].dtype == torch.float64
-    assert not rope().state_dict(), "angles follow from the configuration and are not saved"
-
-
-def test_no_position_changes_nothing() -> None:
-    x = drawn(2, 5, 8)
-    assert NoPosition(ModelConfig())(x, torch.arange(5)) is x
-
-
-@pytest.mark.parametrize("kernels", ["fast", "reference"])
-def test_feed_forwards_are_their_formulas(kernels: str) -> None:
-    config = ModelConfig(d_model=12, heads=1, d_ff=20, kernels=kernels)
-    x = drawn(2, 3, 12)
-    gated = SwiGLU(config)
-    torch.nn.init.normal_(gated.gate_up.weight)
-    torch.nn.init.normal_(gated.down.weight)
-    gate, up = gated.gate_up.weight[:20], gated.gate_up.weight[20:]
-    g = x @ gate.T
-    expected = (g / (1 + torch.exp(-g)) * (x @ up.T)) @ gated.down.weight.T
-    torch.testing.assert_close(gated(x), expected, rtol=1e-4, atol=1e-4)
-
-    plain = SquaredReLU(config)
-    torch.nn.init.normal_(plain.up.weight)
-    torch.nn.init.normal_(plain.down.weight)
-    inner = x @ plain.up.weight.T
-    expected = torch.where(inner > 0, inner**2, 0.0) @ plain.down.weight.T
-    torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
+    assert NoNorm(8)(x) is x
 
 
 @both_kernels
+@pytest.mark.parametrize(
+    ("norm", "asked", "kind"),
+    [
+        *((name, None, name) for name in NORMS),
+        ("none", None, "rmsnorm"),
+        ("layernorm", "rmsnorm_noscale", "rmsnorm_noscale"),
+        ("none", "layernorm", "layernorm"),
+    ],
+)
+def test_norms_of_queries_and_keys(norm: str, asked: str | None, kind: str, kernels: str) -> None:
+    """Per head: one gain of head_dim for all heads; over the full width: all heads of a token as one vector."""
+    config = ModelConfig(d_model=24, heads=4, norm=norm, qk_norm_kind=asked, norm_eps=1e-3, kernels=kernels)
+    x = drawn(2, 3, 5, 6) * 2 + 0.3  # batch, heads, tokens, head_dim
+    numbers = x.numpy()
+
+    by_head: Any = moved(HeadQKNorm(config, 3)).double()
+    expected = np.empty_like(numbers)
+    for head in range(3):
+        expected[:, head] = normed(kind, numbers[:, head], 1e-3, *parameters_of(by_head.norm, 6))
+    np.testing.assert_allclose(by_head(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert by_head.num_params() == sum(p.numel() for p in by_head.parameters())
+
+    full: Any = moved(FullWidthQKNorm(config, 3)).double()
+    for row in range(2):
+        for token in range(5):
+            vector = np.concatenate([numbers[row, head, token] for head in range(3)])[None]
+            found = normed(kind, vector, 1e-3, *parameters_of(full.norm, 18))[0]
+            for head in range(3):
+                expected[row, head, token] = found[6 * head : 6 * head + 6]
+    np.testing.assert_allclose(full(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert full.num_params() == sum(p.numel() for p in full.parameters())
+    assert full(x[0]).equal(full(x)[0])
+
+    nothing = NoQKNorm(config, 3)
+    assert nothing(x) is x and nothing.num_params() == 0
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def gaussian(x: np.ndarray) -> np.ndarray:
+    return x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2
+
+
+def gaussian_by_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "gelu": gaussian,
+    "gelu_tanh": gaussian_by_tanh,
+    "silu": lambda x: x * logistic(x),
+}
+GATED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "glu": lambda gate, up: logistic(gate) * up,
+    "reglu": lambda gate, up: np.maximum(gate, 0) * up,
+    "geglu": lambda gate, up: gaussian(gate) * up,
+    "geglu_tanh": lambda gate, up: gaussian_by_tanh(gate) * up,
+    "swiglu": lambda gate, up: gate * logistic(gate) * up,
+    "swiglu_clamped": lambda gate, up: (
+        np.minimum(gate, 7) * logistic(1.702 * np.minimum(gate, 7)) * (np.maximum(np.minimum(up, 7), -7) + 1)
+    ),
+}
+
+
+@both_kernels
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", choices.FEEDFORWARD.names)
+def test_feed_forwards_are_their_formulas(name: str, bias: bool, kernels: str) -> None:
+    config = ModelConfig(d_model=12, heads=1, d_ff=20, feedforward=name, feedforward_bias=bias, kernels=kernels)
+    module: Any = moved(choices.FEEDFORWARD.get(name)(config)).double()
+    x = drawn(2, 3, 12) * 5
+    weights = {key: value.detach().numpy() for key, value in module.state_dict().items()}
+
+    def linear(inputs: np.ndarray, which: str) -> np.ndarray:
+        product = np.einsum("...i,oi->...o", inputs, weights[f"{which}.weight"])
+        return product + weights[f"{which}.bias"] if bias else product
+
+    if name in PLAIN:
+        inner = PLAIN[name](linear(x.numpy(), "up"))
+        sizes = 2 * 12 * 20 + bias * (20 + 12)
+    else:
+        both = linear(x.numpy(), "gate_up")
+        inner = GATED[name](both[..., :20], both[..., 20:])
+        sizes = 3 * 12 * 20 + bias * (40 + 12)
+        assert (np.abs(both) > 7).any(), "the clamp must have something to do"
+    np.testing.assert_allclose(module(x, Context()).detach().numpy(), linear(inner, "down"), rtol=1e-10, atol=1e-10)
+    assert module.num_params() == module.num_active_params() == sizes
+    assert module.flops_per_token(9) == 2 * (3 if name in GATED else 2) * 12 * 20
+    assert module.down.residual_output
+    assert len(weights) == (4 if bias else 2)
+
+
+def test_every_feed_forward_is_plain_or_gated_and_its_width_follows() -> None:
+    assert {*PLAIN, *GATED} == set(choices.FEEDFORWARD.names)
+    for name in choices.FEEDFORWARD.names:
+        ratio = 8 / 3 if name in GATED else 4
+        config = ModelConfig(d_model=768, feedforward=name)
+        assert config.resolved_d_ff == ratio * 768
+        module: Any = choices.FEEDFORWARD.get(name)(config)
+        assert module.down.weight.shape == (768, ratio * 768)
+        narrow: Any = choices.FEEDFORWARD.get(name)(config, d_ff=7)
+        assert narrow.down.weight.shape == (768, 7)
+        inner = narrow.gate_up if name in GATED else narrow.up
+        assert inner.parts == ([7, 7] if name in GATED else [7])
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
 def test_linear_and_embedding(reference: bool) -> None:
-    layer = Linear(5, 6, parts=[4, 2], reference=reference)
-    torch.nn.init.normal_(layer.weight)
+    layer = Linear(5, 9, parts=[4, 2, 3], bias=[True, False, True], reference=reference)
+    moved(layer.double())
     x = drawn(2, 3, 5)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
-    assert layer.weight.muon_split == [4, 2] and not hasattr(Linear(5, 6).weight, "muon_split")
+    assert layer.bias is not None and layer.bias.shape == (7,), "a part without a bias stores none"
+    bias = torch.cat([layer.bias[:4], torch.zeros(2), layer.bias[4:]])
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, bias))
+    assert layer.num_params() == sum(p.numel() for p in layer.parameters()) == 5 * 9 + 7
+    assert layer.weight.muon_split == [4, 2, 3] and layer.bias.role == "bias"
+    plain = Linear(5, 6, reference=reference, role="head")
+    assert plain.bias is None and plain.full_bias() is None and not hasattr(plain.weight, "muon_split")
+    assert plain.weight.role == "head" and plain.num_params() == 30 and plain.flops_per_token() == 60
+    whole = Linear(5, 6, bias=True, parts=[2, 4], reference=reference).double()
+    moved(whole)
+    torch.testing.assert_close(whole(x), F.linear(x, whole.weight, whole.bias))
+
     table = Embedding(7, 3, reference=reference)
     torch.nn.init.normal_(table.weight)
     ids = torch.tensor([[0, 6], [3, 3]])
-    assert torch.equal(table(ids), F.embedding(ids, table.weight))
+    assert torch.equal(table(ids), F.embedding(ids, table.weight)) and table.num_params() == 21
     for bad in (7, -8):
         with pytest.raises(IndexError):
             table(torch.tensor([bad]))
-
-
-def test_masks() -> None:
-    causal = Causal(ModelConfig())
-    assert attention_mask(causal, 5) is None, "kernels know the plain triangle themselves"
-    after = attention_mask(causal, 2, past=3)
-    assert after is not None and after.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    packed = attention_mask(causal, 4, documents=torch.tensor([[0, 0, 1, 1]]))
-    assert packed is not None and packed.shape == (1, 1, 4, 4)
-    assert packed[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    padded = attention_mask(causal, 3, key_mask=torch.tensor([[False, True, True], [True, True, True]]))
-    assert padded is not None and padded.shape == (2, 1, 3, 3)
-    assert padded[0, 0].int().tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
-    assert padded[1, 0].equal(torch.ones(3, 3).tril().bool())
-
-
-def test_a_gain_of_one_keeps_the_length_of_a_vector() -> None:
-    assert RMSNorm(100)(drawn(100)).norm().item() == pytest.approx(math.sqrt(100), rel=1e-4)

@@ -28,8 +28,8 @@ def hugging_face_twin(model: Transformer, family: str) -> Any:
         head_dim=config.resolved_head_dim,
         max_position_embeddings=config.context_length,
         rms_norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_theta=config.rope.theta[0],
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta[0]},
         tie_word_embeddings=config.tied_embeddings,
         hidden_act="silu",
         attn_implementation="eager",
@@ -54,8 +54,8 @@ def hugging_face_twin(model: Transformer, family: str) -> Any:
             f"{here}.post_attention_layernorm.weight": block.feedforward_norm.weight,
         }
         if config.qk_norm != "none":
-            state[f"{here}.self_attn.q_norm.weight"] = block.attention.q_norm.weight
-            state[f"{here}.self_attn.k_norm.weight"] = block.attention.k_norm.weight
+            state[f"{here}.self_attn.q_norm.weight"] = block.attention.q_norm.norm.weight
+            state[f"{here}.self_attn.k_norm.weight"] = block.attention.k_norm.norm.weight
     twin = getattr(transformers, f"{family}ForCausalLM")(twin_config).eval()
     assert len(list(twin.parameters())) == len(state) - config.tied_embeddings
     twin.load_state_dict({name: value.detach().clone() for name, value in state.items()}, strict=True)
@@ -69,9 +69,9 @@ CASES = {
     "tied": ("Llama", {"tied_embeddings": True, "init_embedding_std": 0.2}),
     "GQA, tied, other width of heads, θ, ε": (
         "Llama",
-        {"kv_heads": 2, "tied_embeddings": True, "head_dim": 10, "rope_theta": 500.0, "norm_eps": 1e-3},
+        {"kv_heads": 2, "tied_embeddings": True, "head_dim": 10, "rope": {"theta": 500.0}, "norm_eps": 1e-3},
     ),
-    "norms of queries and keys": ("Qwen3", {"kv_heads": 2, "qk_norm": "rmsnorm"}),
+    "norms of queries and keys": ("Qwen3", {"kv_heads": 2, "qk_norm": "head"}),
 }
 
 
@@ -88,7 +88,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case: str, kernels:
 
     hidden, targets = model.hidden(ids)[:, :-1], ids[:, 1:]
     for loss in (reference_linear_cross_entropy, chunked_linear_cross_entropy):
-        ours = loss(hidden, model.head.weight, targets) / targets.numel()
+        ours = loss(hidden, model.head.weight, targets)[0] / targets.numel()
         torch.testing.assert_close(ours, theirs.loss, rtol=1e-5, atol=1e-5)
 
     ours.backward()

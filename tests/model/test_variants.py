@@ -1,43 +1,58 @@
-"""What must hold for every architectural choice: equal kernels, causality, documents, cache, parameters, FLOPs."""
+"""What must hold for every architectural choice: equal kernels, influence, documents, cache, parameters, FLOPs."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_variants import SMALL, VARIANTS, build, random_ids, reference_of
+from model_variants import LINEAR, SMALL, VARIANTS, build, changed, random_ids, reference_of
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
-from scratchlm.kernels.cross_entropy import cross_entropy
 from scratchlm.model import ModelConfig, Transformer, choices
-from scratchlm.model.mask import attention_mask
+from scratchlm.train.loss import NextTokenLoss
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
 
 
+@dataclass
+class Batch:
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+
+
 @every_variant
 def test_fast_equals_reference(config: ModelConfig) -> None:
+    """Logits, and the gradients of the whole objective: cross-entropy, routers' losses, further predictions."""
     fast, reference = build(config), build(reference_of(config))
-    assert reference.config.kernels == "reference" and fast.config.kernels == "fast"
-    ids = random_ids(config, 2, 24)
-    logits = fast(ids), reference(ids)
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-    for out in logits:
-        cross_entropy(out[:, :-1], ids[:, 1:]).mean().backward()
-    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (fast, reference)]
+    assert reference.config.kernels == "reference"
+    ids = random_ids(config, 2, 25)
+    torch.testing.assert_close(fast(ids[:, :-1]), reference(ids[:, :-1]), rtol=1e-4, atol=1e-4)
+    gradients = []
+    for model, kernel in ((fast, "chunked"), (reference, "reference")):
+        objective = NextTokenLoss(model, kernel, z_loss=1e-3)(Batch(ids[:, :-1], ids[:, 1:]))
+        (objective / 48).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().sum() > 0, f"{name} does not learn"
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=2e-5, msg=name)
 
 
 @every_variant
 def test_parameters_are_counted(config: ModelConfig) -> None:
     model = Transformer(config)
     assert model.num_params() == sum(p.numel() for p in model.parameters())
+    assert (model.num_active_params() < model.num_params()) == (
+        config.moe.experts > 0 and config.moe.top_k < config.moe.experts
+    )
 
 
 @every_variant
@@ -47,7 +62,7 @@ def test_flops_are_counted(config: ModelConfig, length: int) -> None:
     model = Transformer(reference_of(config))
     with FlopCounterMode(display=False) as counter:
         model(random_ids(config, 3, length))
-    assert model.flops_per_token(length) * 3 * length == counter.get_total_flops()
+    assert model.flops_per_token(length) * 3 * length == pytest.approx(counter.get_total_flops(), abs=0.5)
 
 
 def test_attention_flops_have_no_causal_discount_though_the_blocked_kernel_takes_one() -> None:
@@ -64,18 +79,77 @@ def test_attention_flops_have_no_causal_discount_though_the_blocked_kernel_takes
     assert counter.get_total_flops() == expected * 512
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": "sliding_window", "window": 100},
+        {"mask": "fixed", "stride": 64, "stride_summary": 2},
+        {"mask": "block_sparse", "mask_block": 32, "global_tokens": 5},
+        {"mask": "strided", "stride": 64},
+        {"mask": "sliding_window causal", "window": 10, "layers": 2},
+    ],
+    ids=lambda changes: changes["mask"],
+)
+def test_sparse_masks_save_the_flops_they_say(changes: dict[str, object]) -> None:
+    """What the model says it costs is what the fast path multiplies: less than the whole square."""
+    length = 1000
+    config = ModelConfig(
+        **{"vocab_size": 8, "context_length": length, "d_model": 16, "layers": 1, "heads": 2, **changes},
+        attention_kernel="blocked",
+    )
+    model = Transformer(config)
+    with FlopCounterMode(display=False) as counter:
+        model(random_ids(config, length))
+    saved = model.flops_per_token(length)
+    whole = Transformer(changed(config, attention_kernel="reference")).flops_per_token(length)
+    causal_blocks = sum(
+        4 * 32 * min(start + 128, length) * min(128, length - start) for start in range(0, length, 128)
+    )
+    expected = saved * length
+    if "causal" in config.mask:  # says all of the square, by convention; computes the triangle's blocks
+        expected += causal_blocks / 2 - 4 * 16 * length * length
+    assert expected == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert saved < 0.75 * whole
+
+
+def reachable(config: ModelConfig, length: int) -> Tensor:
+    """True where a token may influence a logit: through some layers, each along its mask's pairs, listed by hand."""
+
+    def reads(layer: int, q: int, k: int) -> bool:
+        mask = "causal" if config.attention_at(layer) in LINEAR else config.mask_at(layer)
+        block, stride = config.mask_block, config.stride
+        listed = {
+            "causal": True,
+            "sliding_window": q - k < config.window,
+            "strided": q - k < stride or (q - k) % stride == 0,
+            "fixed": q // stride == k // stride or k % stride in range(stride - config.stride_summary, stride),
+            "block_sparse": q // block - k // block < config.mask_local_blocks or k < config.global_tokens,
+            "prefix_lm": True,
+        }[mask]
+        early = mask == "prefix_lm" and max(q, k) < config.prefix_length
+        return (q >= k and listed) or early
+
+    reach = torch.eye(length, dtype=torch.bool)
+    for layer in range(config.layers):
+        pairs = torch.tensor([[reads(layer, q, k) or q == k for k in range(length)] for q in range(length)])
+        reach = (pairs.double() @ reach.double()) > 0
+    return reach
+
+
 @every_variant
-def test_a_later_token_never_changes_an_earlier_logit(config: ModelConfig) -> None:
-    model = build(config)
-    ids = random_ids(config, 2, 24)
+def test_exactly_the_allowed_positions_influence_a_logit(config: ModelConfig) -> None:
+    model = build(config).double()
+    ids = random_ids(config, 24)
+    swapped = ids.repeat(24, 1)
+    swapped.diagonal().add_(1).remainder_(config.vocab_size)  # row i has another token at position i
     with torch.no_grad():
-        before = model(ids)
-        for position in (1, 12, 23):
-            changed = ids.clone()
-            changed[:, position:] = (changed[:, position:] + 1) % config.vocab_size
-            after = model(changed)
-            torch.testing.assert_close(after[:, :position], before[:, :position], rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(after[:, position], before[:, position])
+        differences = (model(swapped) - model(ids)).abs().amax(dim=-1)  # (changed, logit)
+    influence = differences.T > 1e-13
+    expected = reachable(config, 24)
+    assert torch.equal(influence & expected, influence), "a logit changed with a token it must not see"
+    missing = expected & ~influence
+    # A ReLU feature may be silent, and a router may send a changed token the same way: nearly all must be there.
+    assert missing.sum() <= 0.02 * expected.sum(), "tokens that may be read are not"
 
 
 CAUSAL = build(VARIANTS["gqa"])
@@ -87,14 +161,23 @@ def test_causality_at_any_position(length: int, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, length - 1))
     replacement = data.draw(st.integers(0, SMALL["vocab_size"] - 1))
     ids = random_ids(CAUSAL.config, length, seed=length)
-    changed = ids.clone()
-    changed[position] = replacement
+    swapped = ids.clone()
+    swapped[position] = replacement
     with torch.no_grad():
-        before, after = CAUSAL(ids), CAUSAL(changed)
+        before, after = CAUSAL(ids), CAUSAL(swapped)
     torch.testing.assert_close(after[:position], before[:position], rtol=1e-5, atol=1e-5)
     if replacement != ids[position]:
         for later in range(position, length):  # … and every later one does see it
             assert not torch.equal(after[later], before[later])
+
+
+def by_distance(config: ModelConfig) -> bool:
+    """Whether only distances matter, so that positions need not begin anew in each document."""
+    if {"sinusoidal", "learned"} & set(config.position):
+        return False
+    if "rope" in config.position and {"linear", "gla"} & set(config.attention):
+        return False  # a feature map or a decay per channel does not turn with the rotation
+    return all(choices.MASK.get(name).shift_invariant for name in config.mask)
 
 
 @every_variant
@@ -110,8 +193,8 @@ def test_packed_documents_are_as_if_alone(config: ModelConfig) -> None:
         for row, parts in enumerate(lengths):
             alone = torch.cat([model(part) for part in ids[row].split(parts)])
             torch.testing.assert_close(packed[row], alone, rtol=1e-4, atol=1e-4)
-        # Positions that go on across documents give the same: only distances within a document count.
-        torch.testing.assert_close(model(ids, documents=documents), packed, rtol=1e-3, atol=1e-3)
+        if by_distance(config):
+            torch.testing.assert_close(model(ids, documents=documents), packed, rtol=1e-3, atol=1e-3)
 
 
 @every_variant
@@ -120,11 +203,38 @@ def test_with_a_cache_piece_by_piece_as_at_once(config: ModelConfig) -> None:
     ids = random_ids(config, 2, 24)
     cache = KVCache(config, batch=2, max_length=24)
     with torch.no_grad():
-        whole, pieces = model(ids), []
-        for piece in ids.split([5, 1, 1, 7, 10], dim=1):
+        whole, pieces = model(ids, prefix=5), []
+        for piece in ids.split([5, 1, 1, 7, 10], dim=1):  # the first piece is the prompt, and so the prefix
             pieces.append(model(piece, cache=cache))
             cache.advance(piece.shape[1])
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+    slots = sum(t.numel() // 2 // 24 for layer in cache._slots for t in layer.values())
+    assert KVCache.bytes_per_token(config) == 4 * slots
+    states = sum(t.numel() // 2 for layer in cache._states for t in layer.values())
+    assert KVCache.state_bytes(config) == 4 * states
+
+
+@every_variant
+def test_rows_of_different_length_side_by_side(config: ModelConfig) -> None:
+    """Left padding in the cache changes nothing for the row that has it."""
+    model = build(config)
+    prompts = [random_ids(config, 9), random_ids(config, 4, seed=1)]
+    longer = [torch.cat([prompt, random_ids(config, 3, seed=2)]) for prompt in prompts]
+    padding = torch.tensor([0, 5])
+    cache = KVCache(config, batch=2, max_length=12, padding=padding)
+    first = torch.stack([prompts[0], torch.cat([torch.zeros(5, dtype=torch.int64), prompts[1]])])
+    places = (torch.arange(9) - padding[:, None]).clamp(min=0)
+    with torch.no_grad():
+        last = [model(first, positions=places, cache=cache)[:, -1]]
+        cache.advance(9)
+        for step in range(3):
+            ids = torch.stack([row[len(prompt) + step] for row, prompt in zip(longer, prompts, strict=True)])
+            last.append(model(ids[:, None], positions=9 + step - padding[:, None], cache=cache)[:, -1])
+            cache.advance(1)
+        for row, prompt in enumerate(prompts):
+            alone = model(longer[row], prefix=len(prompt))[len(prompt) - 1 :]
+            together = torch.stack([logits[row] for logits in last])
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 @every_variant
@@ -143,12 +253,23 @@ def test_any_leading_dimensions(config: ModelConfig) -> None:
 
 @every_variant
 def test_a_bfloat16_model_stays_near_the_float32_one(config: ModelConfig) -> None:
+    if config.moe.experts:
+        pytest.skip("a rounded score sends tokens to other experts: see tests/model/test_moe.py")
     model, half = build(config), build(config).bfloat16()
     ids = random_ids(config, 2, 24)
     with torch.no_grad():
         exact, rounded = model(ids), half(ids)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@every_variant
+def test_the_state_dict_goes_round(config: ModelConfig) -> None:
+    model, other = build(config), build(config, seed=5)
+    ids = random_ids(config, 2, 24)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(ids), other(ids))
 
 
 def test_too_long_a_sequence_is_refused() -> None:
@@ -165,66 +286,25 @@ def test_too_long_a_sequence_is_refused() -> None:
 
 
 def test_every_axis_is_a_field_and_every_named_field_an_axis() -> None:
-    schema = ModelConfig.model_json_schema()["properties"]
+    schema = ModelConfig.model_json_schema()
+    listed: dict[str, list[str]] = {}
+
+    def walk(properties: dict[str, dict[str, object]], prefix: str) -> None:
+        for name, field in properties.items():
+            if "$ref" in field:
+                walk(schema["$defs"][str(field["$ref"]).rsplit("/", 1)[-1]]["properties"], f"{prefix}{name}.")
+            for place in (field, field.get("items", {}), *field.get("anyOf", [])):  # type: ignore[misc]
+                if "enum" in place:  # type: ignore[operator]
+                    listed[prefix + name] = place["enum"]  # type: ignore[index]
+
+    walk(schema["properties"], "")
     for axis in choices.AXES:
-        listed = schema[axis.axis].get("enum", [schema[axis.axis].get("const")])
-        assert [name for name in listed if name != "auto"] == list(axis.names)
-    enumerated = {name for name, field in schema.items() if "enum" in field or "const" in field}
-    assert enumerated == {axis.axis for axis in choices.AXES} | {"kernels"}
-    for axis in choices.AXES:
+        assert [name for name in listed.pop(axis.axis) if name != "auto"] == list(axis.names)
         for name in axis.names:
-            assert callable(axis.get(name))
+            assert axis.get(name) is not None
         with pytest.raises(UserError, match=rf"{axis.axis} = .*did you mean {axis.names[0]}\?"):
             axis.get(axis.names[0] + "x")
-
-
-class Window:
-    """Each position sees itself and the one before it."""
-
-    is_plain_causal = False
-
-    def __init__(self, config: ModelConfig) -> None:
-        pass
-
-    def allowed(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        back = queries[..., :, None] - keys[..., None, :]
-        return (back >= 0) & (back < 2)
-
-
-@pytest.mark.parametrize("kernels", ["fast", "reference"])
-@pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa", "blocked"])
-def test_another_mask_than_the_causal_one_is_obeyed(
-    monkeypatch: pytest.MonkeyPatch, kernels: str, kernel: str
-) -> None:
-    monkeypatch.setitem(choices.MASK.table, "window", f"{__name__}:Window")
-    base = ModelConfig(**{**SMALL, "layers": 1, "kernels": kernels, "attention_kernel": kernel})
-    config = base.model_copy(update={"mask": "window"})  # the names that a recipe may use were fixed at import
-    model = build(config)
-    ids = random_ids(config, 24)
-    with torch.no_grad():
-        before = model(ids)
-        for changed_at in (0, 11, 23):
-            changed = ids.clone()
-            changed[changed_at] = (changed[changed_at] + 1) % config.vocab_size
-            difference = (model(changed) - before).abs().amax(-1)
-            differing = [position for position in range(24) if difference[position] > 1e-5]
-            assert differing == [p for p in (changed_at, changed_at + 1) if p < 24]
-        cache = KVCache(config, batch=1, max_length=24)  # with a cache, too
-        pieces = []
-        for piece in ids[None].split([5, 1, 18], dim=1):
-            pieces.append(model(piece, cache=cache))
-            cache.advance(piece.shape[1])
-        torch.testing.assert_close(torch.cat(pieces, dim=1)[0], before, rtol=1e-4, atol=1e-4)
-
-
-def test_the_causal_mask_needs_no_matrix() -> None:
-    model = build(VARIANTS["gqa"])
-    assert attention_mask(model.mask, 24) is None
-    assert attention_mask(Window(model.config), 3).tolist() == [  # type: ignore[union-attr]
-        [True, False, False],
-        [True, True, False],
-        [False, True, True],
-    ]
+    assert set(listed) == {"kernels", "qk_norm_kind", "attention_bias", "linear.form", "moe.balance_over"}
 
 
 def test_documents_behind_a_filled_cache_are_refused() -> None:

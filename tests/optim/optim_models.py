@@ -42,7 +42,7 @@ def small_model(seed: int = 0, *, tied: bool = False) -> Transformer:
             layers=2,
             heads=2,
             d_ff=24,
-            qk_norm="rmsnorm",
+            qk_norm="head",
             tied_embeddings=tied,
         ),
         seed=seed,

@@ -334,8 +334,8 @@ def test_an_error_of_the_model_itself_is_not_mistaken_for_the_compilers(tmp_path
 
 def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path).fit()
-    other = Transformer(MODEL.model_copy(update={"rope_theta": 500.0}), seed=0)
-    with pytest.raises(UserError, match=r"rope_theta = 10000.0, the recipe says 500.0"):
+    other = Transformer(ModelConfig(**{**MODEL.model_dump(), "rope": {"theta": 500.0}}), seed=0)
+    with pytest.raises(UserError, match=r"model.rope.theta = \(10000.0,\), the recipe says \(500.0,\)"):
         trainer(tmp_path, other, train={"steps": 8}).fit()
 
 

@@ -1,0 +1,189 @@
+"""Who may read whom: a rule over pairs of positions, and which columns each block of queries has to look at.
+
+A dense (queries × keys) matrix answers every question and costs length². A rule such as "the last 128 positions" needs far
+less: per block of queries only the columns that some query of the block may read. `Visibility` offers both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+BLOCK = 128
+"""Queries per block of the blocked kernels."""
+
+Span = tuple[int, int]
+
+
+class Rule:
+    """A mask as a rule over pairs of positions. It must be hashable: plans are kept per rule.
+
+    Attributes:
+        is_plain_causal: True only for the causal triangle, which kernels know without any matrix.
+        shift_invariant: the answer depends on the distance alone, so that places in a row do as well as positions.
+    """
+
+    is_plain_causal: ClassVar[bool] = False
+    shift_invariant: ClassVar[bool] = False
+
+    def allowed(
+        self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"], prefix: int | Tensor = 0
+    ) -> Bool[Tensor, "... q k"]:
+        """True where the query at one position may read the key at another; `prefix` as in :class:`Visibility`."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[Rule, ...]:
+        """Rules that share no pair and together are this one, where each alone needs fewer columns; empty: no such parts."""
+        return ()
+
+    def order(self, length: int) -> Int[Tensor, " length"] | None:
+        """An order of the positions in which the rule's columns hang together; None: as they are."""
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def columns_per_block(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> tuple[tuple[Span, ...], ...]:
+    """For each block of queries the columns that any of them may read, as spans [start, end) in the rule's order.
+
+    Computed by asking the rule about every pair once, block by block, so that a new rule needs nothing but `allowed`.
+    """
+    order = rule.order(length)
+    positions = torch.arange(length, device="cpu") if order is None else order
+    plan = []
+    for start in range(0, length, block):
+        needed = rule.allowed(positions[start : start + block], positions, prefix).any(dim=0).int()
+        edges = torch.diff(needed, prepend=needed.new_zeros(1), append=needed.new_zeros(1))
+        starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+        plan.append(tuple(zip(starts, ends, strict=True)))
+    return tuple(plan)
+
+
+def scores_computed(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> int:
+    """How many scores (query, key) a blocked kernel computes in a sequence of `length`."""
+    if rule.parts():
+        return sum(scores_computed(part, length, block, prefix) for part in rule.parts())
+    plan = columns_per_block(rule, length, block, prefix)
+    rows = [min(block, length - start) for start in range(0, length, block)]
+    return sum(count * sum(end - start for start, end in spans) for count, spans in zip(rows, plan, strict=True))
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who may read whom in one forward pass.
+
+    Attributes:
+        rule: the mask's rule.
+        queries, keys: positions, (…, q) and (…, k).
+        query_documents, key_documents: document numbers, (…, q) and (…, k); reading stays within one. None: one document.
+        key_mask: False for keys that are padding, (…, k).
+        prefix: how many first positions see each other, for rules that ask: a number, or one per row (…, 1, 1).
+        columns: for each block of `block` queries the columns worth looking at, a span or int64 indices; None: all.
+        block: queries per block.
+        parts: the same in parts that share no pair, each with a plan of its own; empty: in one.
+        order: the order in which this part takes the positions, (length,); None: as they are.
+    """
+
+    rule: Rule
+    queries: Int[Tensor, "... q"]
+    keys: Int[Tensor, "... k"]
+    query_documents: Int[Tensor, "... q"] | None = None
+    key_documents: Int[Tensor, "... k"] | None = None
+    key_mask: Bool[Tensor, "... k"] | None = None
+    prefix: int | Tensor = 0
+    columns: Sequence[Span | Tensor] | None = None
+    block: int = BLOCK
+    parts: tuple[Visibility, ...] = ()
+    order: Int[Tensor, " length"] | None = None
+
+    @classmethod
+    def of_sequence(
+        cls,
+        rule: Rule,
+        length: int,
+        device: torch.device | None = None,
+        *,
+        documents: Int[Tensor, "... length"] | None = None,
+        block: int = BLOCK,
+        prefix: int = 0,
+    ) -> Visibility:
+        """The whole of one sequence at positions 0 … length − 1, with its plan of columns."""
+        order = rule.order(length)
+        if order is None:
+            positions = torch.arange(length, device=device)
+        else:
+            positions = order = order.to(device)
+            documents = None if documents is None else documents[..., order]
+        parts = rule.parts()
+        return cls(
+            rule,
+            positions,
+            positions,
+            query_documents=documents,
+            key_documents=documents,
+            prefix=prefix,
+            columns=plan_of(rule, length, device, block, prefix) if not parts else None,
+            block=block,
+            parts=tuple(
+                cls.of_sequence(part, length, device, documents=documents, block=block, prefix=prefix)
+                for part in parts
+            ),
+            order=order,
+        )
+
+    @property
+    def planned(self) -> bool:
+        """Whether it is known which columns are worth looking at."""
+        return self.columns is not None or bool(self.parts)
+
+    def tile(self, rows: slice, columns: Span | Tensor) -> Bool[Tensor, "... q k"]:
+        """The part of the matrix for these rows and columns; with a heads dimension of 1 if rows of a batch differ."""
+        queries, keys = self.queries[..., rows], take(self.keys, columns, -1)
+        allowed = self.rule.allowed(queries, keys, self.prefix)
+        if self.query_documents is not None and self.key_documents is not None:
+            documents = self.query_documents[..., rows, None], take(self.key_documents, columns, -1)[..., None, :]
+            allowed = allowed & (documents[0] == documents[1])
+        if self.key_mask is not None:
+            allowed = allowed & take(self.key_mask, columns, -1)[..., None, :]
+        return allowed.unsqueeze(-3) if allowed.ndim > 2 else allowed
+
+    def distance(self, rows: slice, columns: Span | Tensor) -> Int[Tensor, "... q k"]:
+        """How far each key is from each query, in positions; with a heads dimension of 1 if rows of a batch differ."""
+        queries, keys = self.queries[..., rows], take(self.keys, columns, -1)
+        away = (queries[..., :, None] - keys[..., None, :]).abs()
+        return away.unsqueeze(-3) if away.ndim > 2 else away
+
+    @property
+    def everything(self) -> tuple[slice, Span]:
+        """All rows and all columns."""
+        return slice(0, self.queries.shape[-1]), (0, self.keys.shape[-1])
+
+    def matrix(self) -> Bool[Tensor, "... q k"]:
+        """The dense mask."""
+        return self.tile(*self.everything)
+
+
+def plan_of(
+    rule: Rule, length: int, device: torch.device | None, block: int = BLOCK, prefix: int = 0
+) -> tuple[Span | Tensor, ...]:
+    """:func:`columns_per_block` for a kernel: one span where the columns hang together, indices where they do not."""
+    plan: list[Span | Tensor] = []
+    for spans in columns_per_block(rule, length, block, prefix):
+        if len(spans) <= 1:
+            plan.append(spans[0] if spans else (0, 0))
+        else:
+            plan.append(torch.cat([torch.arange(start, end, device=device) for start, end in spans]))
+    return tuple(plan)
+
+
+def take(x: Tensor, columns: Span | Tensor, dim: int) -> Tensor:
+    """These columns of `x` along `dim`: a view for a span, a copy for indices."""
+    if isinstance(columns, Tensor):
+        return x.index_select(dim, columns)
+    start, end = columns
+    return x.narrow(dim, start, end - start)

@@ -1,0 +1,84 @@
+"""Every choice learns: a token at the start must be told at every later position, which no position knows by itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from model_variants import VARIANTS, changed
+from torch import Tensor, nn
+
+from scratchlm.config import OptimConfig
+from scratchlm.model import ModelConfig, Transformer
+from scratchlm.optim import build_optimizers
+from scratchlm.train.loss import NextTokenLoss
+
+MARKS, FILLERS, LENGTH, STEPS = 4, 6, 8, 150
+BOUND = 0.35 * math.log(MARKS)
+"""Nats per token. Guessing costs ln 4; knowing only one's own token leaves 7/8 of it."""
+
+
+@dataclass
+class Batch:
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+
+
+def batch(generator: torch.Generator) -> Batch:
+    """mark, filler, filler, … and at every position the mark is asked for."""
+    marks = torch.randint(MARKS, (32, 1), generator=generator)
+    fillers = MARKS + torch.randint(FILLERS, (32, LENGTH - 1), generator=generator)
+    return Batch(torch.cat([marks, fillers], dim=1), marks.expand(32, LENGTH).contiguous())
+
+
+def best_loss(model: Transformer, steps: int = STEPS) -> float:
+    """Mean loss per token of the last steps, or of the first eight in a row below the bound."""
+    loss = NextTokenLoss(model)
+    optimizers = build_optimizers(model, OptimConfig(lr=1e-2, weight_decay=0.0))
+    generator = torch.Generator().manual_seed(1)
+    asked = 32 * LENGTH - 32 * max(0, loss._prefix - 1)
+    recent: list[float] = []
+    for _ in range(steps):
+        optimizers.zero_grad()
+        objective = loss(batch(generator))
+        (objective / asked).backward()
+        extra = loss.extra()
+        assert extra is not None
+        recent = [*recent[-7:], float(objective.detach() - extra) / asked]
+        loss.after_step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step()
+        if len(recent) == 8 and max(recent) < BOUND:
+            break
+    return max(recent)
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    return changed(config, vocab_size=MARKS + FILLERS, context_length=24)
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in VARIANTS.values() if c.layers], ids=[n for n, c in VARIANTS.items() if c.layers]
+)
+def test_it_learns_to_look_back(config: ModelConfig) -> None:
+    assert best_loss(Transformer(narrow(config), seed=0)) < BOUND
+
+
+class Silent(nn.Module):
+    """Attention that says nothing."""
+
+    def forward(self, x: Tensor, context: object) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_what_cannot_look_back_does_not_reach_the_bound() -> None:
+    model = Transformer(narrow(VARIANTS["gqa"]), seed=0)
+    for block in model.blocks:
+        block.attention = Silent()
+    assert best_loss(model) > 0.8 * math.log(MARKS)
+    blind = Transformer(changed(narrow(VARIANTS["gqa"]), mask="sliding_window", window=1), seed=0)
+    assert best_loss(blind) > 0.8 * math.log(MARKS)
