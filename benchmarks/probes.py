@@ -34,6 +34,14 @@ BASE: dict[str, Any] = {"d_model": 64, "layers": 2, "heads": 4, "context_length"
 VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
     "none": {"position": "none"},
+    "alibi": {"position": "alibi"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "learned": {"position": "learned"},
+    "window 8": {"mask": "sliding_window", "window": 8},
+    "linear": {"attention": "linear"},
+    "retention": {"attention": "retention"},
+    "gated_delta": {"attention": "gated_delta", "position": "none"},
+    "delta, then full": {"attention": "gated_delta mha", "position": "none"},
     "rope, 1 layer": {"position": "rope", "layers": 1},
 }
 """Name → what differs from BASE."""
