@@ -37,7 +37,9 @@ class Norm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        gain = None if self.weight is None else self.weight.to(wide.dtype) + self.offset
+        gain = None if self.weight is None else self.weight.to(wide.dtype)
+        if gain is not None and self.offset:
+            gain = gain + self.offset
         shift = None if self.bias is None else self.bias.to(wide.dtype)
         return self.normalise(wide, gain, shift).to(x.dtype)
 
