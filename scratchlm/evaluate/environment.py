@@ -54,16 +54,18 @@ def git_commit(folder: str | os.PathLike[str]) -> str | None:
     )
 
 
-def describe_environment(parameters: int | None = None) -> dict[str, Any]:
+def describe_environment(parameters: int | None = None, active: int | None = None) -> dict[str, Any]:
     """Versions and machine as plain JSON values.
 
     Args:
         parameters: the model's parameter count, kept beside the rest for the report.
+        active: how many of them one token meets, where a mixture of experts makes these fewer.
 
     Returns:
         ``scratchlm``, ``commit`` (None outside a checkout), ``python``, one entry per installed library, ``os``,
         ``cpu`` (name), ``cores`` (usable, logical), ``threads`` (torch's), ``memory_bytes`` (None where unknown),
-        ``devices`` (names of accelerators), ``cuda`` (version or None) and, if given, ``parameters``.
+        ``devices`` (names of accelerators), ``cuda`` (version or None) and, if given, ``parameters`` and
+        ``active_parameters``.
     """
     import torch  # here, because it takes seconds
 
@@ -90,4 +92,5 @@ def describe_environment(parameters: int | None = None) -> dict[str, Any]:
         "devices": devices,
         "cuda": torch.version.cuda,
     }
-    return described if parameters is None else {**described, "parameters": parameters}
+    given = {"parameters": parameters, "active_parameters": active}
+    return described | {name: count for name, count in given.items() if count is not None}

@@ -135,6 +135,14 @@ def _recipe(folder: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
 
 
+def _experts(training: list[dict[str, Any]]) -> dict[str, float] | None:
+    """The routers' figures at the end of training; None for a dense model."""
+    if not training or "expert_max_over_mean" not in training[-1]:
+        return None
+    names = ("expert_max_over_mean", "expert_dropped", "router_entropy")
+    return {name: value for name in names if (value := _number(training[-1].get(name))) is not None}
+
+
 def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
     """Everything the template shows, read from the run's folder."""
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
@@ -148,6 +156,7 @@ def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
         parameters = environment.pop("parameters", None)
     else:
         environment.pop("parameters", None)
+    active = environment.pop("active_parameters", None)
     training = [record for record in records if record.get("kind") == "train"]
     validations = [record for record in records if record.get("kind") == "validation"]
     # A run cut off before its final evaluation still has the last one made while training.
@@ -168,6 +177,8 @@ def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
         "training_seconds": training[-1].get("seconds") if training else None,
         "steps": training[-1].get("step") if training else None,
         "parameters": parameters,
+        "active_parameters": active,
+        "experts": _experts(training),
         "timings": timings,
         "total_seconds": sum(_number(step.get("seconds")) or 0.0 for step in timings.values()),
         "pictures": _pictures(records, yardsticks) if training or validations else None,

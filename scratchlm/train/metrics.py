@@ -3,6 +3,8 @@
 Three kinds of lines, told apart by ``kind``::
 
     {"kind": "train", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+        and, with experts, "expert_load" (a list per layer), "expert_max_over_mean", "expert_dropped", "router_entropy",
+        "router_loss", all of the step that is logged
     {"kind": "validation", "step", "loss", "perplexity", "bits_per_byte", "tokens", "seconds"}
     {"kind": "event", "step", "message"}
 

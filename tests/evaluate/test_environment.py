@@ -74,3 +74,8 @@ def test_git_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_commit(package) == head + "+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit(package) is None  # no git
+
+
+def test_active_parameters_stand_beside_all() -> None:
+    described = describe_environment(parameters=5, active=3)
+    assert described["parameters"] == 5 and described["active_parameters"] == 3
