@@ -263,7 +263,10 @@ class Pipeline:
             + (f"{active:,} active per token, " if active < model.num_params() else "")
             + f"{3 * model.flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
         )
-        write_json(self.folder / "environment.json", describe_environment(model.num_params(), active if active < model.num_params() else None))
+        write_json(
+            self.folder / "environment.json",
+            describe_environment(model.num_params(), active if active < model.num_params() else None),
+        )
         kind = EpochLoader if recipe.train.loader == "epoch" else RandomLoader
         loader = kind(
             data.split("train"),

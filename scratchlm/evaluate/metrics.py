@@ -161,6 +161,8 @@ def evaluate_loss(
     was_training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
+    # A prefix that sees itself has seen the answers: under that mask every token is judged causally.
+    causal = {"prefix": 0} if "prefix_lm" in getattr(getattr(model, "config", None), "mask", ()) else {}
     nats: Tensor | None = None
     tokens = 0
     try:
@@ -170,7 +172,7 @@ def evaluate_loss(
                 inputs = batch.inputs.to(device, non_blocking=True)
                 targets = batch.targets.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    logits = model(inputs, **_boundaries(batch, device))
+                    logits = model(inputs, **_boundaries(batch, device), **causal)
                 if logits.shape[:-1] != targets.shape:
                     raise ValueError(f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}")
                 summed = _summed_nats(logits, targets, chunk_elements)

@@ -20,6 +20,8 @@ from scratchlm.model.config import ModelConfig
 class KVCache:
     """Keys, values and states of every layer; slots are set aside once: a step writes one and copies nothing.
 
+    A layer that reads only a window keeps only that: its part does not grow beyond it.
+
     ::
 
         slot      0    1    2    3    4  …  max_length − 1
@@ -64,27 +66,41 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of one slot of one row, over all layers."""
-        kinds = [choices.ATTENTION.get(config.attention_at(layer)) for layer in range(config.layers)]
-        return sum(kind.cache_widths(config) for kind in kinds) * dtype.itemsize
+        """Memory of one slot of one row, over all layers that keep every token."""
+        total = 0
+        for layer in range(config.layers):
+            if choices.MASK.get(config.mask_at(layer)).of(config).reach is None:
+                total += choices.ATTENTION.get(config.attention_at(layer)).cache_widths(config)
+        return total * dtype.itemsize
 
     @staticmethod
     def state_bytes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of the states of one row, over all layers: it does not grow with the length."""
-        kinds = [choices.ATTENTION.get(config.attention_at(layer)) for layer in range(config.layers)]
-        return sum(kind.state_size(config) for kind in kinds) * dtype.itemsize
+        """Memory of one row that does not grow with the length: states, and full windows, over all layers."""
+        total = 0
+        for layer in range(config.layers):
+            kind = choices.ATTENTION.get(config.attention_at(layer))
+            reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
+            total += kind.state_size(config) + (0 if reach is None else (reach - 1) * kind.cache_widths(config))
+        return total * dtype.itemsize
 
-    def append(self, layer: int, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def append(self, layer: int, new: Mapping[str, Tensor], reach: int | None = None) -> dict[str, Tensor]:
         """Write new tensors of one layer, each (batch, …, new, width), behind the earlier ones of the same name.
 
+        Args:
+            layer: its number.
+            new: name → tensor.
+            reach: how many positions a query reads, itself included; what lies further back is dropped. None: all.
+
         Returns:
-            All of them, (batch, …, total, width), as views of the cache; total = :attr:`length` + new. The length itself
-            moves by :meth:`advance`, when all layers have been through.
+            All of them, (batch, …, total, width), as views of the cache; total = :attr:`length` + new. With `reach` those
+            that some new query may read, the last reach − 1 + new at most. The length itself moves by :meth:`advance`,
+            when all layers have been through.
 
         Raises:
             UserError: they do not fit.
         """
         slots, total = self._slots[layer], self.length
+        windows: dict[str, Tensor] = {}
         for name, fresh in new.items():
             count = fresh.shape[-2]
             total = self.length + count
@@ -97,11 +113,18 @@ class KVCache:
                 padding = ~self._valid[:, self.length : total]
                 middle = (1,) * (fresh.ndim - 3)
                 fresh = fresh.masked_fill(padding.reshape(len(padding), *middle, count, 1), 0)
+            if reach is not None:
+                fresh = fresh.to(self.dtype or fresh.dtype)
+                fresh = torch.cat([slots[name], fresh], dim=-2) if name in slots else fresh
+                # A copy: a view would keep the whole prompt in memory.
+                slots[name] = fresh[..., max(0, fresh.shape[-2] - reach + 1) :, :].clone()
+                windows[name] = fresh
+                continue
             if name not in slots:
                 shape = (*fresh.shape[:-2], self.max_length, fresh.shape[-1])
                 slots[name] = torch.empty(shape, device=self.device, dtype=self.dtype or fresh.dtype)
             slots[name][..., self.length : total, :] = fresh
-        return {name: slots[name][..., :total, :] for name in new}
+        return windows or {name: slots[name][..., :total, :] for name in new}
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """What this layer keeps instead of slots; empty before the first token."""

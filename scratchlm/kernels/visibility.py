@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,11 @@ class Rule:
     ) -> Bool[Tensor, "... q k"]:
         """True where the query at one position may read the key at another; `prefix` as in :class:`Visibility`."""
         raise NotImplementedError
+
+    @property
+    def reach(self) -> int | None:
+        """How many positions a query reads at most, itself included and counted back from it; None: no such number."""
+        return None
 
     def parts(self) -> tuple[Rule, ...]:
         """Rules that share no pair and together are this one, where each alone needs fewer columns; empty: no such parts."""
@@ -157,6 +162,15 @@ class Visibility:
         queries, keys = self.queries[..., rows], take(self.keys, columns, -1)
         away = (queries[..., :, None] - keys[..., None, :]).abs()
         return away.unsqueeze(-3) if away.ndim > 2 else away
+
+    def last(self, columns: int) -> Visibility:
+        """The same for the last `columns` keys alone, as a cache of a window holds them."""
+        if columns == self.keys.shape[-1]:
+            return self
+        cut = slice(self.keys.shape[-1] - columns, None)
+        documents = None if self.key_documents is None else self.key_documents[..., cut]
+        mask = None if self.key_mask is None else self.key_mask[..., cut]
+        return replace(self, keys=self.keys[..., cut], key_documents=documents, key_mask=mask)
 
     @property
     def everything(self) -> tuple[slice, Span]:

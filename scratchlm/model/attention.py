@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scratchlm.kernels.attention import Scores, auto_attention
-from scratchlm.kernels.visibility import scores_computed
+from scratchlm.kernels.visibility import Visibility, scores_computed
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.context import Context
@@ -48,6 +48,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.mask = layer, config.mask_at(layer)
+        self.reach: int | None = choices.MASK.get(self.mask).of(config).reach
         self.heads = config.heads
         self.kernel = attention_kernel(config)
         self.scale, self.soft_cap, self.dropout = (
@@ -58,6 +59,11 @@ class SoftmaxAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.attention_sinks else None
         if self.sinks is not None:
             self.sinks.role = "bias"  # type: ignore[attr-defined]
+
+    def visible(self, context: Context, keys: int) -> Visibility | None:
+        """Who may read whom among the `keys` that there are (a cache of a window holds the last ones)."""
+        visible = context.visible.get(self.mask)
+        return visible if visible is None else visible.last(keys)
 
     def scores(self, slopes: Tensor | None) -> Scores:
         """What is done to this layer's scores."""
@@ -103,9 +109,9 @@ class MultiHeadAttention(SoftmaxAttention):
         q = self.position(self.q_norm(q), context.positions)
         k = self.position(self.k_norm(k), context.positions)
         if context.cache is not None:
-            cached = context.cache.append(self.layer, {"k": k, "v": v})
+            cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
             k, v = cached["k"], cached["v"]
-        mixed = self.kernel(q, k, v, context.visible.get(self.mask), self.scores(self.position.slopes))
+        mixed = self.kernel(q, k, v, self.visible(context, k.shape[-2]), self.scores(self.position.slopes))
         return self.output(rearrange(mixed, "... h t d -> ... t (h d)"))
 
     def num_params(self) -> int:

@@ -17,8 +17,9 @@ class Cache(Protocol):
 
     length: int
 
-    def append(self, layer: int, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Append this layer's new tensors, each (batch, …, new, width), along their second last dimension; return all so far."""
+    def append(self, layer: int, new: Mapping[str, Tensor], reach: int | None = None) -> dict[str, Tensor]:
+        """Append this layer's new tensors, each (batch, …, new, width), along their second last dimension; return all so
+        far, or those that a query which reads `reach` positions still may read."""
         ...
 
     def state(self, layer: int) -> dict[str, Tensor]:

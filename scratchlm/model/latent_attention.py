@@ -100,11 +100,11 @@ class LatentAttention(SoftmaxAttention):
         rope = self.position(rope.unsqueeze(-3), context.positions).squeeze(-3)
         form = self.materialised
         if context.cache is not None:
-            cached = context.cache.append(self.layer, {"latent": latent, "rope": rope})
+            cached = context.cache.append(self.layer, {"latent": latent, "rope": rope}, self.reach)
             latent, rope = cached["latent"], cached["rope"]
             if self.absorbs(x.shape[-2], latent.shape[-2]):
                 form = self.absorbed
-        visible, scores = context.visible.get(self.mask), self.scores(self.position.slopes)
+        visible, scores = self.visible(context, latent.shape[-2]), self.scores(self.position.slopes)
         mixed = form(plain, turned, latent, rope, visible, scores)
         return self.output(rearrange(mixed, "... h t d -> ... t (h d)"))
 

@@ -14,8 +14,9 @@ LINEAR = ("linear", "retention", "gla", "gated_delta")
 def check(config: ModelConfig) -> None:
     """Raise ValueError with one sentence if `config` asks for something that cannot be built.
 
-    What some layers cannot obey is forbidden for those layers; what no layer would read is forbidden as well, so that a
-    comparison never shows the effect of a field that has none.
+    What some layers cannot obey is forbidden for those layers. A field that nothing reads (the window of a model without
+    windows) is allowed, so that one flag can switch a choice off; where a name promises an effect that no layer would show
+    (a soft cap without scores, a pattern longer than the stack, a factor without scaling), it is refused.
     """
     _widths(config)
     _positions(config)
@@ -70,6 +71,10 @@ def _positions(config: ModelConfig) -> None:
             raise ValueError(
                 f"RoPE rotates pairs: latent.rope_dim = {config.latent.rope_dim} must be even and not 0 with attention = mla"
             )
+    if "yarn" in config.rope.scaling and min(config.rope.theta) <= 1:
+        raise ValueError(
+            f"rope.theta = {min(config.rope.theta):g} has no long waves for rope.scaling = yarn: set it above 1"
+        )
     if config.rope.factor > 1 and set(config.rope.scaling) == {"none"}:
         raise ValueError(f"rope.factor = {config.rope.factor:g} stretches nothing while rope.scaling is none")
     if config.rope.low_freq_factor >= config.rope.high_freq_factor and "llama3" in config.rope.scaling:

@@ -68,6 +68,10 @@ class SlidingWindow(Rule):
     def of(cls, config: ModelConfig) -> SlidingWindow:
         return cls(config.window)
 
+    @property
+    def reach(self) -> int:
+        return self.window
+
     def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         back = queries[..., :, None] - keys[..., None, :]
         return (back >= 0) & (back < self.window)

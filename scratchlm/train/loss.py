@@ -72,8 +72,7 @@ class NextTokenLoss:
         hidden, routers = self.model.run(batch.inputs, context, self.body)
         targets = batch.targets
         if self._prefix > 1:
-            targets = targets.clone()
-            targets[..., : self._prefix - 1] = IGNORE_INDEX
+            targets = targets.masked_fill(self._inside_prefix(batch), IGNORE_INDEX)
         objective, nats = self._head(hidden, targets)
         tokens = (targets != IGNORE_INDEX).sum()
         if self.model.predictions:
@@ -84,6 +83,13 @@ class NextTokenLoss:
             objective = objective + tokens * record.loss
         self._remember(objective, nats, routers)
         return objective
+
+    def _inside_prefix(self, batch: Batch) -> Tensor:
+        """True where the next token belongs to the prefix (of its document, where positions begin anew)."""
+        places = batch.positions
+        if places is None:
+            places = torch.arange(batch.inputs.shape[-1], device=batch.inputs.device)
+        return places < self._prefix - 1
 
     def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.model.head.weight
@@ -98,10 +104,12 @@ class NextTokenLoss:
         total = torch.zeros((), device=hidden.device)
         context.routers.clear()
         for k, module in enumerate(self.model.predictions):
-            known, asked = _ahead(targets, k, batch.documents), _ahead(targets, k + 1, batch.documents)
-            embedded = self.model.embed(known.clamp(min=0), batch.positions)
-            hidden = module(hidden, embedded, context)
-            asked = asked.masked_fill(known == IGNORE_INDEX, IGNORE_INDEX)
+            # Beyond the row or the document there is none: nothing is asked at such a place, and none that is reads it.
+            known = _ahead(batch.inputs, k + 1, batch.documents).clamp(min=0)
+            hidden = module(hidden, self.model.embed(known, batch.positions), context)
+            asked = _ahead(targets, k + 1, batch.documents)
+            if self._prefix > 1:  # these places have read each other's tokens, the ones asked for among them
+                asked = asked.masked_fill(self._inside_prefix(batch), IGNORE_INDEX)
             total = total + self._head(module.norm(hidden), asked)[0]  # type: ignore[operator]
         return total, list(context.routers)
 
@@ -150,14 +158,12 @@ class NextTokenLoss:
         self._forget()
 
 
-def _ahead(targets: Tensor, steps: int, documents: Tensor | None) -> Tensor:
-    """The targets `steps` places further on; IGNORE_INDEX where the row ends or another document begins."""
-    if steps == 0:
-        return targets
-    moved = torch.full_like(targets, IGNORE_INDEX)
-    moved[..., :-steps] = targets[..., steps:]
+def _ahead(ids: Tensor, steps: int, documents: Tensor | None) -> Tensor:
+    """The ids `steps` (at least 1) places further on; IGNORE_INDEX where the row ends or another document begins."""
+    moved = torch.full_like(ids, IGNORE_INDEX)
+    moved[..., :-steps] = ids[..., steps:]
     if documents is not None:
-        same = torch.zeros_like(targets, dtype=torch.bool)
+        same = torch.zeros_like(ids, dtype=torch.bool)
         same[..., :-steps] = documents[..., steps:] == documents[..., :-steps]
         moved = moved.masked_fill(~same, IGNORE_INDEX)
     return moved

@@ -13,7 +13,16 @@ from scratchlm.interop import load
 
 def test_a_mixture_trains_and_says_what_its_experts_do(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fields = ["--model.moe.experts", "4", "--model.moe.top-k", "1", "--model.moe.bias-update", "0.01"]
-    fields += ["--model.mtp-depth", "1", "--train.z-loss", "1e-4", "--train.steps", "6", "--train.log-interval", "2"]
+    fields += [
+        "--model.mtp-depth",
+        "1",
+        "--train.z-loss",
+        "1e-4",
+        "--train.steps",
+        "6",
+        "--train.log-interval",
+        "2",
+    ]
     assert main(["run", "small.toml", *fields]) == 0
     said = capfd.readouterr().out
     folder = small / "runs/small"

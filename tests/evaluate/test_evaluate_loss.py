@@ -18,6 +18,7 @@ from scratchlm.data import Batch
 from scratchlm.errors import UserError
 from scratchlm.evaluate.compressors import CompressorResult
 from scratchlm.evaluate.metrics import Evaluation, LossSum, bits_per_byte, evaluate_loss, perplexity
+from scratchlm.model import ModelConfig, Transformer
 
 
 def batch(inputs: Tensor, targets: Tensor) -> SimpleNamespace:
@@ -243,3 +244,15 @@ def test_broken_evaluation_file_is_one_line(tmp_path) -> None:
         Evaluation.load(tmp_path / "e.json")
     with pytest.raises(UserError, match="does not exist"):
         Evaluation.load(tmp_path / "none.json")
+
+
+def test_a_prefix_does_not_judge_tokens_it_has_seen() -> None:
+    """Under mask = prefix_lm every token is judged by what came before it: the causal model's loss, weights being equal."""
+    fields = {"vocab_size": 20, "context_length": 12, "d_model": 16, "heads": 2, "layers": 2, "d_ff": 16}
+    prefix = Transformer(ModelConfig(**fields, mask="prefix_lm", prefix_length=6), seed=0)
+    causal = Transformer(ModelConfig(**fields), seed=0)
+    ids = torch.randint(20, (3, 13), generator=torch.Generator().manual_seed(0))
+    batches = [batch(ids[:, :-1], ids[:, 1:])]
+    assert not torch.allclose(prefix(ids[:, :-1]), causal(ids[:, :-1]))
+    seen = [evaluate_loss(model, batches, device="cpu").nats for model in (prefix, causal)]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-6)

@@ -388,9 +388,9 @@ def test_the_cache_holds_the_latent_vector_and_the_shared_key_alone(latent: dict
     written: list[Tensor] = []
 
     class Counting(KVCache):
-        def append(self, layer: int, new: Any) -> dict[str, Tensor]:
+        def append(self, layer: int, new: Any, reach: int | None = None) -> dict[str, Tensor]:
             written.extend(new.values())
-            return super().append(layer, new)
+            return super().append(layer, new, reach)
 
     model = model_of(config)
     in_pieces(model, random_ids(3, 10), [7, 1, 2], Counting(config, 3, 10))

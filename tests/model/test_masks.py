@@ -1,4 +1,4 @@
-"""Masks: every one as a list of pairs written down from its paper, against the rule, its matrix, its tiles and its plan."""
+"""Masks: every one as pairs written down from its paper, against the rule, its matrix, its tiles and its plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pairs_of(name: str, length: int, config: ModelConfig, prefix: int = 0) -> Pa
             blocks = [places[start : start + config.mask_block] for start in range(0, length, config.mask_block)]
             own = next(number for number, block in enumerate(blocks) if q in block)
             near = blocks[max(0, own + 1 - config.mask_local_blocks) : own + 1]
-            reads[q] = {k for k in [*sum(near, []), *places[: config.global_tokens]] if k <= q}
+            reads[q] = {k for block in [*near, places[: config.global_tokens]] for k in block if k <= q}
         elif name == "prefix_lm":
             reads[q] = set(before) | (set(places[:prefix]) if q in places[:prefix] else set())
         else:
@@ -229,7 +229,7 @@ def test_only_the_plain_triangle_is_left_to_the_kernels(name: str) -> None:
         key_mask = torch.tensor([[False, True, True, True, True]])
         assert visibility(rule, 5, positions=torch.arange(5), prefix=3) is None
         for asked in ({"past": 1}, {"documents": documents}, {"key_mask": key_mask}, {"distances": True}):
-            assert visibility(rule, 5, **asked) is not None, asked  # type: ignore[arg-type]
+            assert visibility(rule, 5, **asked) is not None, asked
 
 
 def test_a_tile_is_a_part_of_the_matrix() -> None:

@@ -265,7 +265,7 @@ def test_every_feed_forward_is_plain_or_gated_and_its_width_follows() -> None:
 
 @pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
 def test_linear_and_embedding(reference: bool) -> None:
-    layer = Linear(5, 9, parts=[4, 2, 3], bias=[True, False, True], reference=reference)
+    layer: Any = Linear(5, 9, parts=[4, 2, 3], bias=[True, False, True], reference=reference)
     moved(layer.double())
     x = drawn(2, 3, 5)
     assert layer.bias is not None and layer.bias.shape == (7,), "a part without a bias stores none"
@@ -273,7 +273,7 @@ def test_linear_and_embedding(reference: bool) -> None:
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, bias))
     assert layer.num_params() == sum(p.numel() for p in layer.parameters()) == 5 * 9 + 7
     assert layer.weight.muon_split == [4, 2, 3] and layer.bias.role == "bias"
-    plain = Linear(5, 6, reference=reference, role="head")
+    plain: Any = Linear(5, 6, reference=reference, role="head")
     assert plain.bias is None and plain.full_bias() is None and not hasattr(plain.weight, "muon_split")
     assert plain.weight.role == "head" and plain.num_params() == 30 and plain.flops_per_token() == 60
     whole = Linear(5, 6, bias=True, parts=[2, 4], reference=reference).double()

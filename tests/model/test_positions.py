@@ -102,7 +102,7 @@ def test_the_two_pairings_are_permutations_of_each_other(fraction: float) -> Non
     assert not torch.allclose(rope(16, fraction=fraction)(x, None), interleaved)
 
 
-SCALINGS: dict[str, tuple[str, dict[str, float], dict[str, float]]] = {
+SCALINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear": ("linear", {}, {}),
     "yarn": ("yarn", {}, {}),
     "yarn, other turns": ("yarn", {"beta_fast": 8.0, "beta_slow": 2.0}, {"beta_fast": 8.0, "beta_slow": 2.0}),
@@ -182,7 +182,7 @@ def test_without_an_original_context_it_is_the_part_before_stretching(scaling: s
 
 
 def test_scaling_per_layer() -> None:
-    config = {"scaling": "none linear", "factor": 8.0, "theta": "100 10000"}
+    config: dict[str, Any] = {"scaling": "none linear", "factor": 8.0, "theta": "100 10000"}
     x = drawn(1, 9, 8)
     for layer in range(4):
         positions = np.arange(9) / (8 if layer % 2 else 1)
@@ -214,7 +214,8 @@ def test_tables_survive_a_cast_of_the_model(position: str) -> None:
 def test_equal_positions_are_shared_and_tables_are_not_saved() -> None:
     model = model_of(layers=8, rope={"theta": "100 100 100 10000"}, context_length=64)
     assert len(tables_of(model)) == 2
-    held = [block.attention.position for block in model.blocks]  # type: ignore[union-attr]
+    blocks: Any = model.blocks
+    held = [block.attention.position for block in blocks]
     assert held[0] is held[1] is held[2] is held[4] and held[3] is held[7] and held[0] is not held[3]
     assert [p.theta for p in held[2:5]] == [100.0, 10_000.0, 100.0]
     for position in ("rope", "alibi", "sinusoidal"):
@@ -254,7 +255,7 @@ def test_sinusoids_are_the_papers(width: int) -> None:
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
 def test_what_is_added_is_added_to_the_scaled_embedding(position: str, kernels: str) -> None:
     model = model_of(position=position, embedding_scale=3.0, context_length=20, kernels=kernels).double()
-    added = model.embedding_positions[0]
+    added: Any = model.embedding_positions[0]
     table = added.weight if position == "learned" else added.table
     ids = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 5]])
     places = torch.tensor([[0, 1, 0, 1], [7, 19, 0, 2]])

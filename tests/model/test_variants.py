@@ -208,10 +208,13 @@ def test_with_a_cache_piece_by_piece_as_at_once(config: ModelConfig) -> None:
             pieces.append(model(piece, cache=cache))
             cache.advance(piece.shape[1])
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
-    slots = sum(t.numel() // 2 // 24 for layer in cache._slots for t in layer.values())
-    assert KVCache.bytes_per_token(config) == 4 * slots
+    windowed = [
+        config.attention_at(n) not in LINEAR and config.mask_at(n) == "sliding_window" for n in range(config.layers)
+    ]
+    held = [sum(t.numel() // 2 for t in layer.values()) for layer in cache._slots]
+    assert KVCache.bytes_per_token(config) == 4 * sum(n // 24 for n, w in zip(held, windowed, strict=True) if not w)
     states = sum(t.numel() // 2 for layer in cache._states for t in layer.values())
-    assert KVCache.state_bytes(config) == 4 * states
+    assert KVCache.state_bytes(config) == 4 * (states + sum(n for n, w in zip(held, windowed, strict=True) if w))
 
 
 @every_variant
