@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from scratchlm.cli import COMMANDS
-from scratchlm.commands import models, tokenizers, trained
+from scratchlm.commands import drawings, models, tokenizers, trained
 from scratchlm.config import Recipe
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "generate": trained.GenerateArguments,
     "model list": models.ListArguments,
     "model show": models.ShowArguments,
+    "model draw": drawings.DrawArguments,
     "model shape": models.ShapeArguments,
 }
 FLAGS = {

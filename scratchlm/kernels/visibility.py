@@ -69,13 +69,25 @@ def columns_per_block(rule: Rule, length: int, block: int = BLOCK, prefix: int =
     return tuple(plan)
 
 
-def scores_computed(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> int:
-    """How many scores (query, key) a blocked kernel computes in a sequence of `length`."""
-    if rule.parts():
-        return sum(scores_computed(part, length, block, prefix) for part in rule.parts())
+def _in_one(rule: Rule, length: int, block: int, prefix: int) -> int:
+    """Scores computed by the rule's own plan, undivided."""
     plan = columns_per_block(rule, length, block, prefix)
     rows = [min(block, length - start) for start in range(0, length, block)]
     return sum(count * sum(end - start for start, end in spans) for count, spans in zip(rows, plan, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def parts_worth_taking(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> tuple[Rule, ...]:
+    """The rule's parts where together they compute fewer scores than the rule undivided; else none."""
+    parts = rule.parts()
+    together = sum(_in_one(part, length, block, prefix) for part in parts)
+    return parts if parts and together < _in_one(rule, length, block, prefix) else ()
+
+
+def scores_computed(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> int:
+    """How many scores (query, key) a blocked kernel computes in a sequence of `length`."""
+    plans = parts_worth_taking(rule, length, block, prefix) or (rule,)
+    return sum(_in_one(one, length, block, prefix) for one in plans)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ class Visibility:
         else:
             positions = order = order.to(device)
             documents = None if documents is None else documents[..., order]
-        parts = rule.parts()
+        parts = parts_worth_taking(rule, length, block, prefix)
         return cls(
             rule,
             positions,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scratchlm.errors import UserError
-from scratchlm.kernels.visibility import columns_per_block
+from scratchlm.kernels.visibility import BLOCK, columns_per_block, parts_worth_taking
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
@@ -73,8 +73,9 @@ def _warm(config: ModelConfig, length: int) -> None:
     """Ask beforehand what is found out by computing with real numbers, and kept."""
     for name in dict.fromkeys(config.mask):
         rule = choices.MASK.get(name).of(config)
-        for part in rule.parts() or (rule,):
-            columns_per_block(part, length, prefix=config.prefix_length)
+        # With the very arguments of the pass: results are kept by them.
+        for one in parts_worth_taking(rule, length, BLOCK, config.prefix_length) or (rule,):
+            columns_per_block(one, length, BLOCK, config.prefix_length)
     if config.moe.experts and config.kernels == "fast":
         small = ModelConfig(
             **{**config.model_dump(), "layers": config.moe.first_dense + config.moe.every, "context_length": 2}

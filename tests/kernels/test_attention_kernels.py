@@ -211,7 +211,16 @@ def test_a_mask_in_parts(stride: int, packed: bool, block: int) -> None:
     places = torch.arange(length)
     table = torch.tensor([[i >= j and (i - j < stride or (i - j) % stride == 0) for j in places] for i in places])
     dense = Visibility(Table(table), places, places, query_documents=documents, key_documents=documents)
-    assert whole.parts and torch.equal(whole.matrix(), dense.matrix())
+    undivided = sum(
+        len(range(start, min(start + block, length))) * sum(b - a for a, b in spans)
+        for start, spans in zip(
+            range(0, length, block), columns_per_block(Strided(stride), length, block), strict=True
+        )
+    )
+    computed = scores_computed(Strided(stride), length, block)
+    assert computed <= undivided and bool(whole.parts) == (computed < undivided)
+    assert bool(whole.parts) == (block == 4 and stride in (3, 5)), "parts only where they save"
+    assert torch.equal(whole.matrix(), dense.matrix())
     ours, theirs = blocked_attention(*tensors, whole, scores), reference_attention(*tensors, dense, scores)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     wanted = [*tensors, sinks]
