@@ -67,7 +67,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "# What sparse masks save",
         "",
-        f"Attention alone, {HEADS} heads of {HEAD_DIM}, batch 1, fp32, forward and backward on a CPU; medians. `reference` and",
+        f"Attention alone, {HEADS} heads of {HEAD_DIM}, batch 1, fp32, forward and backward on a CPU, "
+        f"{torch.get_num_threads()} thread(s); medians. `reference` and",
         "`sdpa` compute the whole square and mask it; `blocked` computes the columns that some query of a block may read.",
         "FLOPs as counted by torch (its counter does not see inside `sdpa` on a CPU). [JSON](results.json)",
         "",
