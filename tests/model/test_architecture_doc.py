@@ -257,7 +257,8 @@ def _pattern(name: str, given: Any) -> Any:
 def test_pictures_are_there_and_small() -> None:
     linked = set(re.findall(r"\(architecture/([\w-]+\.png)\)", PAGE))
     kept = {path.name: path.stat().st_size for path in (DOCS / "architecture").iterdir()}
-    assert linked == set(kept) == {f"{picture.name}.png" for picture in pictures()}
+    of_a_run = {"routers.png"}  # the others are drawn anew by `python -m scratchlm.model.draw`
+    assert linked == set(kept) == {f"{picture.name}.png" for picture in pictures()} | of_a_run
     assert max(kept.values()) < 60_000 and sum(kept.values()) < 1_500_000
     for name in kept:
         assert (DOCS / "architecture" / name).read_bytes().startswith(b"\x89PNG")
