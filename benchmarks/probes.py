@@ -223,7 +223,7 @@ def draw(found: dict[str, Any]) -> bytes:
     }
     panels.append(("recall", "pairs", dict(sorted(by_pairs.items()))))
     figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained", facecolor="white")
-    markers, colours = "osD^vPX*<>", [f"C{index}" for index in range(10)]
+    markers, colours = "osD^vPX*<>h", [*(f"C{index}" for index in range(10)), "black"]
     for axes, (title, unit, points) in zip(
         figure.subplots(1, len(panels), squeeze=False).ravel(), panels, strict=True
     ):
@@ -236,7 +236,7 @@ def draw(found: dict[str, Any]) -> bytes:
                 [100 * (cell.middle - min(cell.scores)) for cell in there.values()],
                 [100 * (max(cell.scores) - cell.middle) for cell in there.values()],
             ]
-            style = {"marker": markers[index % 10], "color": colours[index % 10], "capsize": 3, "markersize": 5}
+            style = {"marker": markers[index % len(markers)], "color": colours[index % len(colours)], "capsize": 3, "markersize": 5}
             axes.errorbar(list(there), scores, yerr=spread, label=variant, **style)
         bounds = {
             x: 100 * next(cell.without_mechanism for (_, *rest), cell in cells.items() if tuple(rest) == column)
