@@ -261,7 +261,7 @@ class Pipeline:
         self.say(
             f"model      {model.num_params():,} parameters, "
             + (f"{active:,} active per token, " if active < model.num_params() else "")
-            + f"{3 * model.flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
+            + f"{model.training_flops_per_token(model.config.context_length) / 1e6:,.1f} MFLOP per trained token"
         )
         write_json(
             self.folder / "environment.json",
@@ -297,6 +297,7 @@ class Pipeline:
                 validate=lambda: self._validation(model, trainer.state.precision),
                 trackers=trackers.log,
                 tokenizer=self.tokenizer,
+                seed=recipe.seed,
                 say=self.say,
                 show_progress=self.show_progress,
             )

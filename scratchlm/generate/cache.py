@@ -20,7 +20,7 @@ from scratchlm.model.config import ModelConfig
 class KVCache:
     """Keys, values and states of every layer; slots are set aside once: a step writes one and copies nothing.
 
-    A layer that reads only a window keeps only that: its part does not grow beyond it.
+    A layer that reads only a window keeps only that (and copies it at each step): its part does not grow beyond it.
 
     ::
 
@@ -75,13 +75,15 @@ class KVCache:
 
     @staticmethod
     def state_bytes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of one row that does not grow with the length: states, and full windows, over all layers."""
+        """Memory of one row that does not grow with the length: states (fp32 at least), and full windows, over all layers."""
         total = 0
         for layer in range(config.layers):
             kind = choices.ATTENTION.get(config.attention_at(layer))
             reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
-            total += kind.state_size(config) + (0 if reach is None else (reach - 1) * kind.cache_widths(config))
-        return total * dtype.itemsize
+            window = 0 if reach is None else (reach - 1) * kind.cache_widths(config)
+            wider = max(0, torch.float32.itemsize - dtype.itemsize)
+            total += (window + kind.state_size(config)) * dtype.itemsize + wider * kind.wide_size(config)
+        return total
 
     def append(self, layer: int, new: Mapping[str, Tensor], reach: int | None = None) -> dict[str, Tensor]:
         """Write new tensors of one layer, each (batch, …, new, width), behind the earlier ones of the same name.

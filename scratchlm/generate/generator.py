@@ -159,7 +159,8 @@ class Generator:
         windows = {row: list(ids) for row, ids in enumerate(prompts)}  # what the model sees of each unfinished row
         generators = {row: row_generator(config.seed, row) for row in windows}
         room = min(self.context_length, max(map(len, prompts)) + config.max_tokens)
-        cache, logits = self._read(list(windows.values()), room)
+        prefixes = {row: len(ids) for row, ids in windows.items()}  # how much of each window is prompt
+        cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
         for left in range(config.max_tokens - 1, -1, -1):
             drawn = sample(
                 logits, config.temperature, config.top_k, config.top_p, [generators[row] for row in windows]
@@ -172,8 +173,9 @@ class Generator:
                 return
             slid = {row: self._slide(window) for row, window in windows.items()}
             if any(len(slid[row]) < len(windows[row]) for row in windows) or cache.length == cache.max_length:
+                prefixes = {row: max(0, prefixes[row] - len(windows[row]) + len(slid[row])) for row in windows}
                 windows = slid
-                cache, logits = self._read(list(windows.values()), room)
+                cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
             else:
                 if len(going) < len(drawn):
                     cache.keep(going)
@@ -184,15 +186,19 @@ class Generator:
             return window
         return window[-max(1, self.context_length // 2) :]
 
-    def _read(self, windows: list[list[int]], room: int) -> tuple[KVCache, Tensor]:
-        """Read whole windows into a new cache; the logits after the last token of each, (batch, vocab)."""
+    def _read(self, windows: list[list[int]], room: int, prefixes: list[int]) -> tuple[KVCache, Tensor]:
+        """Read whole windows into a new cache; the logits after the last token of each, (batch, vocab).
+
+        Under ``mask = prefix_lm`` the first `prefixes` tokens of each window see each other: the prompt, and nothing generated.
+        """
         length = max(map(len, windows))
         device = next(self.model.parameters()).device
         padding = torch.tensor([length - len(window) for window in windows])
         cache = KVCache(self.model.config, len(windows), room, device, padding=padding)
         ids = torch.tensor([[0] * (length - len(window)) + window for window in windows])
         positions = (torch.arange(length) - padding[:, None]).clamp(min=0)
-        return cache, self._forward(cache, ids.to(device), positions.to(device))
+        prefix = torch.tensor(prefixes, device=device) if "prefix_lm" in self.model.config.mask else None
+        return cache, self._forward(cache, ids.to(device), positions.to(device), prefix)
 
     def _next(self, cache: KVCache, windows: list[list[int]]) -> Tensor:
         """Read the newest token of each window; the logits after it, (batch, vocab)."""
@@ -201,12 +207,13 @@ class Generator:
         return self._forward(cache, ids, positions)
 
     @torch.no_grad()
-    def _forward(self, cache: KVCache, ids: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, cache: KVCache, ids: Tensor, positions: Tensor, prefix: Tensor | None = None) -> Tensor:
         training = self.model.training
         if training:
             self.model.eval()
         try:
-            hidden = self.model.hidden(ids, positions, cache=cache)
+            given = {} if prefix is None else {"prefix": prefix}
+            hidden = self.model.hidden(ids, positions, cache=cache, **given)
             logits = self.model.logits(hidden[:, -1])  # the other positions' logits are not wanted
         finally:
             if training:

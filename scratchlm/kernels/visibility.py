@@ -7,7 +7,7 @@ less: per block of queries only the columns that some query of the block may rea
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,26 +47,45 @@ class Rule:
         """Rules that share no pair and together are this one, where each alone needs fewer columns; empty: no such parts."""
         return ()
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> Iterable[Span]:
+        """The columns that the queries [start, end) of a sequence may read, places in the rule's order.
+
+        Asks about every pair, which is right for any rule and takes time that grows with the square of the length; a rule
+        that knows its columns says them.
+        """
+        return spans_by_asking(self, start, end, length, prefix)
+
     def order(self, length: int) -> Int[Tensor, " length"] | None:
         """An order of the positions in which the rule's columns hang together; None: as they are."""
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def columns_per_block(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> tuple[tuple[Span, ...], ...]:
-    """For each block of queries the columns that any of them may read, as spans [start, end) in the rule's order.
-
-    Computed by asking the rule about every pair once, block by block, so that a new rule needs nothing but `allowed`.
-    """
+def spans_by_asking(rule: Rule, start: int, end: int, length: int, prefix: int) -> tuple[Span, ...]:
+    """The columns that the queries [start, end) may read, by asking the rule about every pair; places in the rule's order."""
     order = rule.order(length)
     positions = torch.arange(length, device="cpu") if order is None else order
-    plan = []
-    for start in range(0, length, block):
-        needed = rule.allowed(positions[start : start + block], positions, prefix).any(dim=0).int()
-        edges = torch.diff(needed, prepend=needed.new_zeros(1), append=needed.new_zeros(1))
-        starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-        plan.append(tuple(zip(starts, ends, strict=True)))
-    return tuple(plan)
+    needed = rule.allowed(positions[start:end], positions, prefix).any(dim=0).int()
+    edges = torch.diff(needed, prepend=needed.new_zeros(1), append=needed.new_zeros(1))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return tuple(zip(starts, ends, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def columns_per_block(rule: Rule, length: int, block: int = BLOCK, prefix: int = 0) -> tuple[tuple[Span, ...], ...]:
+    """For each block of queries the columns that any of them may read, as spans [start, end) in the rule's order."""
+    starts = range(0, length, block)
+    return tuple(_joined(rule.spans(start, min(start + block, length), length, prefix)) for start in starts)
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same columns in order, with spans that touch or overlap made one and empty ones left out."""
+    joined: list[Span] = []
+    for start, end in sorted(span for span in spans if span[0] < span[1]):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return tuple(joined)
 
 
 def _in_one(rule: Rule, length: int, block: int, prefix: int) -> int:
@@ -194,16 +213,18 @@ class Visibility:
         return self.tile(*self.everything)
 
 
+@functools.lru_cache(maxsize=64)
 def plan_of(
     rule: Rule, length: int, device: torch.device | None, block: int = BLOCK, prefix: int = 0
 ) -> tuple[Span | Tensor, ...]:
     """:func:`columns_per_block` for a kernel: one span where the columns hang together, indices where they do not."""
     plan: list[Span | Tensor] = []
-    for spans in columns_per_block(rule, length, block, prefix):
-        if len(spans) <= 1:
-            plan.append(spans[0] if spans else (0, 0))
-        else:
-            plan.append(torch.cat([torch.arange(start, end, device=device) for start, end in spans]))
+    with torch.inference_mode(False):  # kept for later passes, which may want gradients
+        for spans in columns_per_block(rule, length, block, prefix):
+            if len(spans) <= 1:
+                plan.append(spans[0] if spans else (0, 0))
+            else:
+                plan.append(torch.cat([torch.arange(start, end, device=device) for start, end in spans]))
     return tuple(plan)
 
 

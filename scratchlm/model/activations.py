@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scratchlm.errors import UserError
-from scratchlm.kernels.visibility import BLOCK, columns_per_block, parts_worth_taking
+from scratchlm.kernels.visibility import BLOCK, columns_per_block, parts_worth_taking, plan_of
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
@@ -129,11 +129,14 @@ def activation_bytes(
     _warm(config, length)
     # The cut normal draws again until nothing lies outside, which fake numbers cannot tell.
     config = config.model_copy(update={"vocab_size": config.vocab_size or 1, "init": "normal"})
-    with FakeTensorMode():
-        model = Transformer(config)
-        ids = torch.zeros(batch, length, dtype=torch.int64)
-        kept = Kept(model, depth)
-        with kept.active(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            hidden = model.hidden(ids)
-    del hidden
+    plan_of.cache_clear()  # plans hold tensors, which must be fake here and must not be elsewhere
+    try:
+        with FakeTensorMode():
+            model = Transformer(config)
+            ids = torch.zeros(batch, length, dtype=torch.int64)
+            kept = Kept(model, depth)
+            with kept.active(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                model.hidden(ids)
+    finally:
+        plan_of.cache_clear()
     return kept.by_component

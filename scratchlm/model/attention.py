@@ -134,3 +134,8 @@ class MultiHeadAttention(SoftmaxAttention):
     def state_size(config: ModelConfig) -> int:
         """Numbers kept per layer whatever the length."""
         return 0
+
+    @staticmethod
+    def wide_size(config: ModelConfig) -> int:
+        """How many of those are fp32 at least."""
+        return 0

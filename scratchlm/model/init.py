@@ -6,6 +6,7 @@
     gpt2               N(0, 0.02²)                           as linear     N(0, 0.02² / (2 layers))              none
     depth_scaled       N(0, 2/(d_in + d_out))                N(0, 1)       linear's σ / √(2 (layer + 1))         ±3σ
 
+    A tied embedding, which is the head as well, starts from σ = 1 / √d_model at most, so that the first guess is near uniform.
     Norm gains start at 1, biases and sinks at 0; learned positions as the embedding; an expert as a linear of its own.
     `init_linear_std`, `init_embedding_std` and `init_output_std` (residual outputs and the head) replace a scheme's σ;
     without `init_output_std` the head is initialised as any linear.
@@ -63,13 +64,17 @@ def _initialise(
         output: σ of the last linear of a residual branch from (σ of a linear, layer).
         cut: whether values beyond ±3σ are drawn again.
     """
-    embedding = embedding if config.init_embedding_std is None else config.init_embedding_std
+    tokens = embedding
+    if config.init_embedding_std is not None:
+        tokens = embedding = config.init_embedding_std
+    elif config.tied_embeddings:  # as a head, N(0, 1) would give logits of σ = √d_model
+        tokens = min(embedding, config.d_model**-0.5)
     for name, module in model.named_modules():
         own = getattr(module, "initialise", None)
         if own is not None:  # pieces with weights of a kind that no scheme speaks of
             own(generator)
         if isinstance(module, Embedding) or getattr(getattr(module, "weight", None), "role", "") == "embedding":
-            _fill(module.weight, embedding, generator, cut)
+            _fill(module.weight, tokens if isinstance(module, Embedding) else embedding, generator, cut)
         elif hasattr(module, "parts") and hasattr(module, "d_in"):  # Linear, and the experts' stacked ones
             for part in module.weight.split(module.parts, dim=-2):
                 std = linear(module.d_in, part.shape[-2])

@@ -199,3 +199,8 @@ class LatentAttention(SoftmaxAttention):
     def state_size(config: ModelConfig) -> int:
         """Numbers kept per layer whatever the length."""
         return 0
+
+    @staticmethod
+    def wide_size(config: ModelConfig) -> int:
+        """How many of those are fp32 at least."""
+        return 0

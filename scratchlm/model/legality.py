@@ -108,15 +108,26 @@ def _attention(config: ModelConfig) -> None:
     for name, wanted in wanting.items():
         if wanted and not softmax:
             raise ValueError(f"{name} acts on the scores of softmax attention, and no layer has it")
-    if "mla" in config.attention and config.kv_heads not in (None, config.heads):
+    if "prefix_lm" in config.mask and not 2 <= config.prefix_length < config.context_length:
+        raise ValueError(
+            f"mask = prefix_lm needs a prefix to train with: prefix_length = {config.prefix_length} must be at least 2 and below "
+            f"context_length = {config.context_length}"
+        )
+    if set(config.attention) == {"mla"} and config.kv_heads not in (None, config.heads):
         raise ValueError(
             f"attention = mla reads the keys of all heads from one latent vector: kv_heads = {config.kv_heads} has no meaning"
         )
-    if "mla" in config.attention and config.qk_norm != "none":
+    if set(config.attention) == {"mla"} and config.qk_norm != "none":
         raise ValueError(
             "attention = mla norms its latent vectors; with qk_norm keys could not be read from the cached vector, "
             "so set qk_norm = none"
         )
+    if "gla" in config.attention and config.linear.chunk & (config.linear.chunk - 1):
+        raise ValueError(
+            f"linear.chunk = {config.linear.chunk} must be a power of two for attention = gla, whose chunks are halved"
+        )
+    if config.linear.normalise and "linear" not in config.attention:
+        raise ValueError("linear.normalise is read by attention = linear alone, and no layer has it")
     if config.stride_summary > config.stride and "fixed" in config.mask:
         raise ValueError(
             f"stride_summary = {config.stride_summary} is more than a stretch of stride = {config.stride}"
@@ -129,6 +140,12 @@ def _experts(config: ModelConfig) -> None:
         if moe.shared or moe.first_dense or moe.bias_update:
             raise ValueError("moe has settings but moe.experts = 0: set the number of experts")
         return
+    if moe.shared_gate and not moe.shared:
+        raise ValueError("moe.shared_gate gates the shared experts, and moe.shared = 0")
+    if moe.router == "topk_softmax" and not moe.normalise:
+        raise ValueError(
+            "moe.router = topk_softmax has gates that add up to 1 as they are: moe.normalise = false has no meaning"
+        )
     if config.active_experts > config.n_experts:
         raise ValueError(f"moe.top_k = {moe.top_k} is more than moe.experts = {moe.experts}")
     if config.n_experts % moe.groups:

@@ -189,9 +189,14 @@ class LinearMixer(nn.Module):
         return 0
 
     @classmethod
-    def state_size(cls, config: ModelConfig) -> int:
-        """Numbers kept per layer whatever the length: the matrix S of every head."""
+    def wide_size(cls, config: ModelConfig) -> int:
+        """Numbers of the state itself, kept in fp32 at least: the matrix S of every head."""
         return config.heads * config.resolved_head_dim**2
+
+    @classmethod
+    def state_size(cls, config: ModelConfig) -> int:
+        """Numbers kept per layer whatever the length."""
+        return cls.wide_size(config)
 
 
 class LinearAttention(LinearMixer):
@@ -213,7 +218,8 @@ class LinearAttention(LinearMixer):
         return self.settings.feature_map != "identity" if chosen is None else chosen
 
     @classmethod
-    def state_size(cls, config: ModelConfig) -> int:
+    def wide_size(cls, config: ModelConfig) -> int:
+        """S, and z where weights are divided by their sum."""
         chosen = config.linear.normalise
         normalised = config.linear.feature_map != "identity" if chosen is None else chosen
         return config.heads * config.resolved_head_dim * (config.resolved_head_dim + normalised)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from scratchlm.kernels.visibility import Rule, Visibility
+from scratchlm.kernels.visibility import Rule, Span, Visibility
 from scratchlm.model.config import ModelConfig
 
 Queries = Int[Tensor, "... q"]
@@ -45,6 +45,9 @@ class Causal(Rule):
     def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         return queries[..., :, None] >= keys[..., None, :]
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        return [(0, end)]
+
 
 @dataclass(frozen=True)
 class SlidingWindow(Rule):
@@ -76,6 +79,9 @@ class SlidingWindow(Rule):
         back = queries[..., :, None] - keys[..., None, :]
         return (back >= 0) & (back < self.window)
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        return [(max(0, start - self.window + 1), end)]
+
 
 @dataclass(frozen=True)
 class Strided(Rule):
@@ -103,6 +109,10 @@ class Strided(Rule):
         back = queries[..., :, None] - keys[..., None, :]
         return (back >= 0) & ((back < self.stride) | (back % self.stride == 0))
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        near = (max(0, start - self.stride + 1), end)
+        return [near, *((max(0, start - back), end - back) for back in range(self.stride, end, self.stride))]
+
     def parts(self) -> tuple[Rule, ...]:
         """The two patterns apart: together every block of queries needs every column, each alone only few."""
         return SlidingWindow(self.stride), StridedFar(self.stride)
@@ -121,6 +131,16 @@ class StridedFar(Rule):
     def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         back = queries[..., :, None] - keys[..., None, :]
         return (back >= self.stride) & (back % self.stride == 0)
+
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        """Of each remainder r, whose positions stand in one stretch, the ones before the block's last of that remainder."""
+        found, begin = [], 0
+        for remainder in range(min(self.stride, length)):
+            stop = begin + -(-(length - remainder) // self.stride)
+            if begin < end and stop > start:
+                found.append((begin, min(end, stop) - 1))
+            begin = stop
+        return found
 
     def order(self, length: int) -> Int[Tensor, " length"]:
         places = torch.arange(length, device="cpu")
@@ -154,6 +174,11 @@ class Fixed(Rule):
         same_stretch = q // self.stride == k // self.stride
         return (q >= k) & (same_stretch | (k % self.stride >= self.stride - self.summary))
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        own = start // self.stride * self.stride
+        ends = range(self.stride, own + 1, self.stride)  # of the stretches before
+        return [(own, end), *((stop - self.summary, stop) for stop in ends)]
+
 
 @dataclass(frozen=True)
 class BlockSparse(Rule):
@@ -184,6 +209,10 @@ class BlockSparse(Rule):
         near = q // self.block - k // self.block < self.local_blocks
         return (q >= k) & (near | (k < self.global_tokens))
 
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        first = (start // self.block - self.local_blocks + 1) * self.block
+        return [(max(0, first), end), (0, min(self.global_tokens, end))]
+
 
 @dataclass(frozen=True)
 class PrefixLM(Rule):
@@ -207,6 +236,9 @@ class PrefixLM(Rule):
     def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         q, k = queries[..., :, None], keys[..., None, :]
         return (q >= k) | ((k < prefix) & (q < prefix))
+
+    def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
+        return [(0, max(end, min(prefix, length)) if start < prefix else end)]
 
 
 def visibility(
@@ -236,8 +268,9 @@ def visibility(
         distances: the kernel needs distances (ALiBi), also for the plain triangle.
         device: where to build it.
     """
-    if rule.is_plain_causal and documents is None and key_mask is None and past == 0 and not distances:
-        return None
+    undisturbed = documents is None and key_mask is None and not distances
+    if rule.is_plain_causal and undisturbed and (past == 0 or length == 1):
+        return None  # also the newest token alone, which reads all there is
     by_place = rule.shift_invariant or positions is None
     if by_place and past == 0 and key_mask is None and not isinstance(prefix, Tensor):
         return Visibility.of_sequence(rule, length, device, documents=documents, prefix=prefix)

@@ -82,9 +82,11 @@ class TablePosition(Position):
         self.register_buffer("table", self.compute().to(dtype).to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TablePosition:
-        # `model.bfloat16()` would round the table too: build it anew.
+        # `model.bfloat16()` would round the table too: build it anew. (Layers share it: this is called once for each.)
+        before = self.table.dtype
         super()._apply(fn, recurse)
-        self._build(self.table.dtype, self.table.device)
+        if self.table.dtype != before:
+            self._build(self.table.dtype, self.table.device)
         return self
 
 

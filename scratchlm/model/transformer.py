@@ -100,10 +100,9 @@ class Transformer(nn.Module):
                 "documents cannot be told apart behind a cache that holds tokens: it does not keep which document those "
                 "belong to; give whole sequences without a cache, or leave documents out"
             )
-        if cache is not None:  # the first piece is the prompt, and the prompt is the prefix
-            prefix = past + length if past == 0 else 0
-        elif prefix is None:
-            prefix = self.config.prefix_length
+        if prefix is None:  # with a cache the first piece is the prompt, and the prompt is the prefix
+            first = length if past == 0 else 0
+            prefix = self.config.prefix_length if cache is None else first
         key_mask = None if cache is None else cache.key_mask(ids.shape[0], past + length)
 
         def seen(name: str) -> Visibility | None:
@@ -183,9 +182,9 @@ class Transformer(nn.Module):
             positions: position of each token; None counts from 0, or from the cache's end.
             documents: document number of each token; attention stays within a document. None: one document. Not together
                 with a cache that already holds tokens.
-            cache: what earlier tokens left; the new ones are appended. Its first piece is the prefix of ``mask = prefix_lm``.
+            cache: what earlier tokens left; the new ones are appended.
             prefix: how many first positions see each other under ``mask = prefix_lm``, a number or one per row; None:
-                `prefix_length`.
+                `prefix_length`, or with a cache all of its first piece.
 
         Raises:
             UserError: the sequence, with what the cache holds, is longer than `context_length`, or `documents` are given
@@ -208,10 +207,15 @@ class Transformer(nn.Module):
         inside = sum(getattr(layer, how)() for layer in layers)
         return int(head + inside + sum(piece.num_params() for piece in around))
 
+    def training_flops_per_token(self, length: int) -> float:
+        """FLOPs of a training step, per token: forward once and backward twice, multi-token predictions included."""
+        further = sum(module.flops_per_token(length) for module in self.predictions)  # type: ignore[operator]
+        return 3 * (self.flops_per_token(length) + further + len(self.predictions) * self.head.flops_per_token())
+
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the matrix products of a forward pass over sequences of `length`, per token; backward costs twice.
 
-        The modules of multi-token prediction work in training alone and are not in it.
+        The modules of multi-token prediction work in training alone and are not in it: :meth:`training_flops_per_token`.
         """
         blocks = sum(block.flops_per_token(length) for block in self.blocks)  # type: ignore[operator]
         total: float = blocks + self.head.flops_per_token()

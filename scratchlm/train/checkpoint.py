@@ -40,6 +40,18 @@ FORMAT_VERSION = 1
 """Raised when a change makes old checkpoints continue differently: they are then not resumed."""
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """A model section as the first checkpoints wrote it, in today's names: the model is the same."""
+    values = dict(values)
+    if "rope_theta" in values:
+        values["rope"] = {"theta": values.pop("rope_theta")}
+    if values.get("qk_norm") == "rmsnorm":
+        values["qk_norm"] = "head"
+    if values.get("block") == "pre_norm":
+        values["block"] = "serial"
+    return values
+
+
 @dataclass
 class Progress:
     """Everything of the loop's state that is not a tensor; goes into ``state.json`` and comes back exactly."""
@@ -96,13 +108,15 @@ class Checkpoint:
 
     def config(self) -> ModelConfig:
         """The architecture of the saved weights."""
-        return validate(
-            ModelConfig, read_json(self.path / "config.json", "model config"), str(self.path / "config.json")
-        )
+        values = _renamed(read_json(self.path / "config.json", "model config"))
+        return validate(ModelConfig, values, str(self.path / "config.json"))
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter name → tensor."""
-        return _load(self.path / "model.safetensors")
+        loaded = _load(self.path / "model.safetensors")
+        if read_json(self.path / "config.json", "model config").get("qk_norm") != "rmsnorm":
+            return loaded
+        return {re.sub(r"\.([qk]_norm)\.weight$", r".\1.norm.weight", name): value for name, value in loaded.items()}
 
     def optimizer(self) -> dict[str, Tensor]:
         """Optimizer and generator states by name."""

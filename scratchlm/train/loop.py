@@ -55,6 +55,10 @@ class Loss(Protocol):
     def compile(self) -> None: ...
     def eager(self) -> None: ...
 
+    def targets(self, batch: Any) -> Tensor:
+        """The targets of a batch that the loss sums over; IGNORE_INDEX elsewhere."""
+        ...
+
     def extra(self) -> Tensor | None:
         """What the batches of this step added beyond the cross-entropy: not shown as loss."""
         ...
@@ -90,6 +94,7 @@ class Trainer:
         device: where to train.
         validate: returns at least ``{"loss": nats per token}`` for the whole validation set; None: no validation.
         trackers: called with every line of metrics, after it is on disk.
+        seed: of dropout and jitter; a resumed run goes on from the saved state of the generators.
         tokenizer: saved in every checkpoint; a run resumes with the same one only.
         say: receives one-line messages for the user.
         show_progress: show the bar.
@@ -105,6 +110,7 @@ class Trainer:
     validate: Callable[[], Mapping[str, float]] | None = None
     trackers: Callable[[Mapping[str, Any]], None] = lambda record: None
     tokenizer: Tokenizer | None = None
+    seed: int = 0
     say: Callable[[str], None] = print
     show_progress: bool = True
     state: Progress = field(default_factory=Progress)
@@ -151,6 +157,7 @@ class Trainer:
         if found:
             self._resume(found[-1])
         else:
+            torch.manual_seed(self.seed)  # dropout and the routers' jitter draw from torch's own generators
             self.metrics.truncate_after(-1)
         if found and config.precision == "auto":
             precision = Decision(self.state.precision, "as before")
@@ -227,7 +234,7 @@ class Trainer:
         """One optimizer step, in the lecture's six moves; returns loss (nats per token), gradient norm, tokens."""
         config = self.config
         micro_batches = _split(self.loader.next_batch(), config.accumulation)
-        tokens = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
+        tokens = sum(int((self.loss.targets(batch) != IGNORE_INDEX).sum()) for batch in micro_batches)
         self.optimizers.set_lr(lr_multiplier(self.state.step, config.steps, self.optim))
         try:
             total = self._gradients(micro_batches, tokens)

@@ -66,13 +66,12 @@ class NextTokenLoss:
         """Undo :meth:`compile`."""
         self.body = self.model.body
         self.compiled = False
+        self._forget()  # what a failed compilation has seen is seen again
 
     def __call__(self, batch: Batch) -> Tensor:
         context = self.model.context(batch.inputs, batch.positions, batch.documents)
         hidden, routers = self.model.run(batch.inputs, context, self.body)
-        targets = batch.targets
-        if self._prefix > 1:
-            targets = targets.masked_fill(self._inside_prefix(batch), IGNORE_INDEX)
+        targets = self.targets(batch)
         objective, nats = self._head(hidden, targets)
         tokens = (targets != IGNORE_INDEX).sum()
         if self.model.predictions:
@@ -83,6 +82,12 @@ class NextTokenLoss:
             objective = objective + tokens * record.loss
         self._remember(objective, nats, routers)
         return objective
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The batch's targets, without those that the mask has shown already: what a mean is taken over."""
+        if self._prefix <= 1:
+            return batch.targets
+        return batch.targets.masked_fill(self._inside_prefix(batch), IGNORE_INDEX)
 
     def _inside_prefix(self, batch: Batch) -> Tensor:
         """True where the next token belongs to the prefix (of its document, where positions begin anew)."""

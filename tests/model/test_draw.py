@@ -181,6 +181,15 @@ def test_what_is_kept_is_what_a_cache_holds(name: str) -> None:
     )
     assert held == sum(layer.numbers(9) for layer in kept_by(config))
     assert cache_bytes(config, 9, 4) == held * 4
+    half, rough = model.bfloat16(), KVCache(config, 1, 9, dtype=torch.bfloat16)
+    half(ids, cache=rough)
+    stores = (rough._slots, rough._states)
+    filled = sum(t.numel() * t.itemsize for store in stores for layer in store for t in layer.values())
+    assert cache_bytes(config, 9, 2) == filled
+    assert growing_and_bounded_bytes(config, 2) == (
+        KVCache.bytes_per_token(config, torch.bfloat16),
+        KVCache.state_bytes(config, torch.bfloat16),
+    )
     bounds = KVCache.bytes_per_token(config), KVCache.state_bytes(config)
     assert growing_and_bounded_bytes(config, 4) == bounds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -35,7 +36,13 @@ def batch(generator: torch.Generator) -> Batch:
     return Batch(torch.cat([marks, fillers], dim=1), marks.expand(32, LENGTH).contiguous())
 
 
-def best_loss(model: Transformer, steps: int = STEPS) -> float:
+def renamed(generator: torch.Generator) -> Batch:
+    """Every token is asked for another one: (7 id + 3) mod 10."""
+    ids = torch.randint(MARKS + FILLERS, (32, LENGTH), generator=generator)
+    return Batch(ids, (7 * ids + 3) % (MARKS + FILLERS))
+
+
+def best_loss(model: Transformer, steps: int = STEPS, batch: Callable[[torch.Generator], Batch] = batch) -> float:
     """Mean loss per token of the last steps, or of the first eight in a row below the bound."""
     loss = NextTokenLoss(model)
     optimizers = build_optimizers(model, OptimConfig(lr=1e-2, weight_decay=0.0))
@@ -82,3 +89,29 @@ def test_what_cannot_look_back_does_not_reach_the_bound() -> None:
     assert best_loss(model) > 0.8 * math.log(MARKS)
     blind = Transformer(changed(narrow(VARIANTS["gqa"]), mask="sliding_window", window=1), seed=0)
     assert best_loss(blind) > 0.8 * math.log(MARKS)
+
+
+FEEDS = [n for n, c in VARIANTS.items() if c.layers and (n.startswith(("feedforward", "moe")) or "biases" in n)]
+
+
+def only_feedforwards(model: Transformer) -> Transformer:
+    """Everything but the feed-forwards stays as it began."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".feedforward." in name)
+    return model
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_the_feedforward_alone_learns_other_names(name: str) -> None:
+    """With embedding, attention and head fixed, what a token becomes is the feed-forward's, its experts' and router's work."""
+    model = only_feedforwards(Transformer(narrow(VARIANTS[name]), seed=0))
+    assert best_loss(model, 600, renamed) < BOUND
+
+
+def test_a_feedforward_that_says_nothing_learns_nothing() -> None:
+    model = Transformer(narrow(VARIANTS["gqa"]), seed=0)
+    with torch.no_grad():
+        before = [block.feedforward.down.weight.zero_() for block in model.blocks]
+    for name, parameter in only_feedforwards(model).named_parameters():
+        parameter.requires_grad_(name.endswith("gate_up.weight"))  # behind a dead output nothing reaches it
+    assert best_loss(model, 100, renamed) > 2.0 and before

@@ -10,9 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scratchlm.kernels.visibility import Visibility, columns_per_block, plan_of, scores_computed
+from scratchlm.kernels.visibility import (
+    Visibility,
+    columns_per_block,
+    plan_of,
+    scores_computed,
+    spans_by_asking,
+)
 from scratchlm.model import ModelConfig, choices
-from scratchlm.model.mask import BlockSparse, Causal, Fixed, PrefixLM, SlidingWindow, Strided, visibility
+from scratchlm.model.mask import (
+    BlockSparse,
+    Causal,
+    Fixed,
+    PrefixLM,
+    SlidingWindow,
+    Strided,
+    StridedFar,
+    visibility,
+)
 
 Pairs = set[tuple[int, int]]
 
@@ -241,3 +256,29 @@ def test_a_tile_is_a_part_of_the_matrix() -> None:
         assert seen.tile(rows, columns).equal(seen.matrix()[..., rows, :][..., listed])
         away = seen.distance(rows, columns)
         assert away.equal((torch.arange(2, 6)[:, None] - torch.tensor(listed)).abs())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([*choices.MASK.names, "strided far"]),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(0, 45),
+    st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(0, 12)),
+)
+def test_the_columns_a_rule_says_are_those_found_by_asking(
+    name: str, length: int, block: int, prefix: int, sizes: tuple[int, int, int, int]
+) -> None:
+    window, stride, few, first = sizes
+    config = ModelConfig(
+        window=window,
+        stride=stride,
+        stride_summary=min(few, stride),
+        mask_block=stride,
+        mask_local_blocks=few,
+        global_tokens=first,
+    )
+    rule = StridedFar(stride) if name == "strided far" else choices.MASK.get(name).of(config)
+    plan = columns_per_block(rule, length, block, prefix)
+    for start, spans in zip(range(0, length, block), plan, strict=True):
+        assert spans == spans_by_asking(rule, start, min(start + block, length), length, prefix)

@@ -95,7 +95,7 @@ def test_router_losses_count_once_per_token() -> None:
     close(gradients_of(model, ours), gradients_of(model, expected))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("prefix", [2, 5, 7])
 def test_targets_inside_the_prefix_do_not_count(prefix: int) -> None:
     model = model_of(mask="prefix_lm causal", prefix_length=prefix).double()
     given = batch(ignored=False)

@@ -135,11 +135,21 @@ class Kept:
         per_token: for every token it keeps.
         state: whatever the length.
         tokens: how many it keeps at most (of a window all but the query itself); None: all.
+        wide: how many numbers of `state` are fp32 at least.
     """
 
     per_token: int
     state: int
     tokens: int | None = None
+    wide: int = 0
+
+    def bytes(self, length: int, itemsize: int) -> int:
+        """After `length` tokens; states are fp32 at least."""
+        return itemsize * self.numbers(length) + max(0, 4 - itemsize) * self.wide
+
+    def bounded_bytes(self, itemsize: int) -> int:
+        """Of what does not grow with the length, once a window is full."""
+        return itemsize * self.bounded + max(0, 4 - itemsize) * self.wide
 
     def numbers(self, length: int) -> int:
         """After `length` tokens."""
@@ -163,19 +173,19 @@ def kept_by(config: ModelConfig) -> list[Kept]:
         kind = choices.ATTENTION.get(config.attention_at(layer))
         reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
         tokens = None if reach is None else reach - 1
-        layers.append(Kept(kind.cache_widths(config), kind.state_size(config), tokens))
+        layers.append(Kept(kind.cache_widths(config), kind.state_size(config), tokens, kind.wide_size(config)))
     return layers
 
 
 def cache_bytes(config: ModelConfig, length: int, itemsize: int = 2) -> int:
     """Memory of one sequence of `length` tokens, over all layers, with so many bytes a number."""
-    return itemsize * sum(layer.numbers(length) for layer in kept_by(config))
+    return sum(layer.bytes(length, itemsize) for layer in kept_by(config))
 
 
 def growing_and_bounded_bytes(config: ModelConfig, itemsize: int = 2) -> tuple[int, int]:
     """Bytes per token without end, and bytes of states and full windows, over all layers."""
     layers = kept_by(config)
-    return itemsize * sum(one.growing for one in layers), itemsize * sum(one.bounded for one in layers)
+    return itemsize * sum(one.growing for one in layers), sum(one.bounded_bytes(itemsize) for one in layers)
 
 
 def cache_picture(configs: dict[str, ModelConfig], name: str = "cache", itemsize: int = 2) -> Picture:
@@ -195,7 +205,7 @@ def cache_picture(configs: dict[str, ModelConfig], name: str = "cache", itemsize
         by_layer, growth = figure.subplots(1, 2)
         numbers = np.arange(len(layers))
         tokens = np.array([layer.growing * itemsize for layer in layers], dtype=float)
-        states = np.array([layer.bounded * itemsize for layer in layers], dtype=float)
+        states = np.array([layer.bounded_bytes(itemsize) for layer in layers], dtype=float)
         if tokens.any() or not states.any():
             by_layer.bar(numbers, tokens, color=HUES[theme][0], width=0.8)
             dress(by_layer, theme, "bytes per token, by layer", x="layer", grid=True)
@@ -226,7 +236,7 @@ def cache_picture(configs: dict[str, ModelConfig], name: str = "cache", itemsize
     return Picture(
         name,
         "Cache",
-        f"What is kept while generating, at {itemsize} bytes a number: keys and values (or the latent vector) for every token, "
+        f"What is kept while generating, at {itemsize} bytes a number (states 4): keys and values (or the latent vector) for every token, "
         "and what does not grow with the length: states, and windows, of which a layer keeps no more than it reads.",
         paint,
     )
