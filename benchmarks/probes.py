@@ -236,7 +236,12 @@ def draw(found: dict[str, Any]) -> bytes:
                 [100 * (cell.middle - min(cell.scores)) for cell in there.values()],
                 [100 * (max(cell.scores) - cell.middle) for cell in there.values()],
             ]
-            style = {"marker": markers[index % len(markers)], "color": colours[index % len(colours)], "capsize": 3, "markersize": 5}
+            style = {
+                "marker": markers[index % len(markers)],
+                "color": colours[index % len(colours)],
+                "capsize": 3,
+                "markersize": 5,
+            }
             axes.errorbar(list(there), scores, yerr=spread, label=variant, **style)
         bounds = {
             x: 100 * next(cell.without_mechanism for (_, *rest), cell in cells.items() if tuple(rest) == column)

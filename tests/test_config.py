@@ -105,6 +105,10 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "model.block": st.sampled_from(["serial", "parallel"]),
     "model.attention": st.just(("mha", "mha")),
     "model.stride_summary": st.just(1),
+    "model.mask": st.sampled_from([("causal",), ("sliding_window", "causal"), ("fixed",)]),
+    "model.linear.normalise": st.none(),
+    "model.moe.shared_gate": st.just(False),
+    "model.moe.normalise": st.just(True),
     "model.rope.fraction": st.just(1.0),
     "model.rope.factor": st.just(1.0),
     "model.rope.low_freq_factor": st.floats(0.5, 2),
@@ -176,7 +180,8 @@ AROUND: dict[str, dict[str, Any]] = {
     # What a field needs beside it to be legal, or to have another value than its default.
     "model.block": {"model.norm_placement": "pre"},
     "model.rope.factor": {"model.rope.scaling": "linear"},
-    "model.attention_dropout": {},
+    "model.linear.normalise": {"model.attention": "linear"},
+    "model.moe.shared_gate": {"model.moe.shared": 1},
 }
 OTHER: dict[str, Any] = {
     # Fields whose strategy above has one value only, the default: another one, checked by hand.
@@ -185,6 +190,9 @@ OTHER: dict[str, Any] = {
     "model.rope.factor": 4.0,
     "model.stride_summary": 3,
     "model.moe.groups": 2,
+    "model.linear.normalise": False,
+    "model.moe.shared_gate": True,
+    "model.moe.normalise": False,
     "model.moe.top_groups": 1,
     "model.moe.first_dense": 1,
     "model.moe.every": 2,

@@ -116,7 +116,9 @@ class Checkpoint:
         loaded = _load(self.path / "model.safetensors")
         if read_json(self.path / "config.json", "model config").get("qk_norm") != "rmsnorm":
             return loaded
-        return {re.sub(r"\.([qk]_norm)\.weight$", r".\1.norm.weight", name): value for name, value in loaded.items()}
+        return {
+            re.sub(r"\.([qk]_norm)\.weight$", r".\1.norm.weight", name): value for name, value in loaded.items()
+        }
 
     def optimizer(self) -> dict[str, Tensor]:
         """Optimizer and generator states by name."""

@@ -136,7 +136,7 @@ def test_the_course_s_recipes(package, name):
         4,
         16,
     )
-    assert model.rope_theta == 10_000 and model.block == "pre_norm" and model.feedforward == "swiglu"
+    assert model.rope.theta == (10_000,) and model.norm_placement == "pre" and model.feedforward == "swiglu"
     assert recipe.tokenizer.vocab_size == {"tinystories": 10_000, "openwebtext": 32_000}[name]
     assert train.batch_size * train.steps * model.context_length == 327_680_000
     assert recipe.corpus.kind == "huggingface" and recipe.corpus.text_field == "text"

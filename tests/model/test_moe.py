@@ -93,6 +93,7 @@ VARIANTS: list[dict[str, Any]] = [
             {"top_k": 4},
         ],
     )
+    if normalise or router != "topk_softmax"  # whose gates add up to 1 as they are
 ]
 
 
