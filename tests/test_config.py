@@ -113,7 +113,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "model.rope.factor": st.just(1.0),
     "model.rope.low_freq_factor": st.floats(0.5, 2),
     "model.rope.high_freq_factor": st.floats(3, 9),
-    "model.rope.scaling": st.just(("linear", "yarn")),
+    "model.rope.scaling": st.just(("linear", "ntk")),
     "model.moe.experts": st.just(8),
     "model.moe.shared": st.integers(0, 2),
     "model.moe.top_k": st.integers(1, 2),
