@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from model_variants import VARIANTS, random_ids, reference_of
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 from scratchlm.model import ModelConfig, Transformer
@@ -256,3 +258,13 @@ def test_a_prefix_is_not_asked_for_what_it_has_seen(prefix: int) -> None:
             expected += 0.1 * nats_of(model, rms(hidden, module.norm.weight)[:, from_here], asked)
         ours = NextTokenLoss(model, mtp_weight=0.3)(batch_of(ids))
     torch.testing.assert_close(ours, expected)
+
+
+def test_what_a_training_step_costs_has_the_predictions_in_it() -> None:
+    """Forward of the whole objective, by torch's counter; the backward pass costs twice that."""
+    config = ModelConfig(**{**reference_of(VARIANTS["mtp"]).model_dump(), "tied_embeddings": False})
+    model, ids = Transformer(config), random_ids(config, 3, 25)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        NextTokenLoss(model, "reference")(Batch(ids[:, :-1], ids[:, 1:]))
+    assert model.training_flops_per_token(24) * 3 * 24 == 3 * counter.get_total_flops()
+    assert model.training_flops_per_token(24) > 3 * model.flops_per_token(24)
