@@ -14,6 +14,7 @@ from scratchlm.kernels.attention import (
     Scores,
     Values,
     causal_triangle,
+    distances,
     sdpa_attention,
     weights_with_sink,
 )
@@ -85,17 +86,11 @@ def _scores(
     raw = q @ k.transpose(-1, -2)
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scores.scale_of(q.shape[-1])
     raw = soft_cap(raw, scores.soft_cap)
-    if visible is None:
-        size = rows.stop - rows.start
-        allowed = F.pad(causal_triangle(size, size, q.device), (rows.start, 0), value=True)
-        if scores.slopes is not None:
-            places = torch.arange(rows.stop, device=q.device)
-            away = (places[rows, None] - places).abs()
-    else:
-        allowed = visible.tile(rows, columns)
-        away = visible.distance(rows, columns) if scores.slopes is not None else allowed
+    sizes = rows.stop - rows.start, rows.stop  # without a rule the block reads up to its own end
     if scores.slopes is not None:
+        away = distances(*sizes, q.device) if visible is None else visible.distance(rows, columns)
         raw = raw - scores.slopes.to(raw.dtype)[:, None, None] * away
+    allowed = causal_triangle(*sizes, q.device) if visible is None else visible.tile(rows, columns)
     return raw.masked_fill(~allowed, float("-inf"))
 
 

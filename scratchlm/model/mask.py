@@ -235,7 +235,7 @@ class PrefixLM(Rule):
 
     def allowed(self, queries: Queries, keys: Keys, prefix: int | Tensor = 0) -> Allowed:
         q, k = queries[..., :, None], keys[..., None, :]
-        return (q >= k) | ((k < prefix) & (q < prefix))
+        return (q >= k) | (k < prefix)
 
     def spans(self, start: int, end: int, length: int, prefix: int = 0) -> list[Span]:
         return [(0, max(end, min(prefix, length)) if start < prefix else end)]
