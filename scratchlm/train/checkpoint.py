@@ -220,6 +220,18 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
         UserError: names or shapes are those of another architecture.
     """
     weights = checkpoint.weights()
+    expected = check_weights(model, weights, checkpoint.path)
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+
+
+def check_weights(model: Transformer, weights: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors of `model` that a checkpoint stores, if `weights` are of these names and shapes.
+
+    Raises:
+        UserError: they are those of another architecture.
+    """
     expected = dict(model.state_dict())
     if model.config.tied_embeddings:
         expected.pop("head.weight")
@@ -230,12 +242,10 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
     )
     if differing:
         raise UserError(
-            f"{checkpoint.path} holds a different model than asked for (first difference: {differing[0]}); "
+            f"{where} holds a different model than asked for (first difference: {differing[0]}); "
             "use the model section it was trained with"
         )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(weights[name])
+    return expected
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Random configurations of every family: one file per group of families."""
