@@ -107,6 +107,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "model.stride_summary": st.just(1),
     "model.mask": st.sampled_from([("causal",), ("sliding_window", "causal"), ("fixed",)]),
     "model.linear.normalise": st.none(),
+    "model.moe.d_shared": st.none(),
     "model.moe.shared_gate": st.just(False),
     "model.moe.normalise": st.just(True),
     "model.rope.fraction": st.just(1.0),
@@ -181,6 +182,7 @@ AROUND: dict[str, dict[str, Any]] = {
     "model.block": {"model.norm_placement": "pre"},
     "model.rope.factor": {"model.rope.scaling": "linear"},
     "model.linear.normalise": {"model.attention": "linear"},
+    "model.moe.d_shared": {"model.moe.shared": 1},
     "model.moe.shared_gate": {"model.moe.shared": 1},
 }
 OTHER: dict[str, Any] = {
@@ -191,6 +193,7 @@ OTHER: dict[str, Any] = {
     "model.stride_summary": 3,
     "model.moe.groups": 2,
     "model.linear.normalise": False,
+    "model.moe.d_shared": 500,
     "model.moe.shared_gate": True,
     "model.moe.normalise": False,
     "model.moe.top_groups": 1,

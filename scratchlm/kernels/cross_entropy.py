@@ -40,7 +40,7 @@ def cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, " ...
 class HeadOptions:
     """What happens between the product with the head's weight and the loss.
 
-        x · W ── × scale ── soft cap ── softmax ──► −log p(target) + z_loss · (log Σ exp logits)²
+        x · W (+ b) ── × scale ── soft cap ── softmax ──► −log p(target) + z_loss · (log Σ exp logits)²
 
     Attributes:
         scale: factor of the logits.
@@ -62,9 +62,12 @@ def reference_linear_cross_entropy(
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " ..."],
     options: HeadOptions = PLAIN_HEAD,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """All logits at once: the objective summed over tokens, and the cross-entropy alone (without gradient)."""
-    logits = soft_cap(x @ weight.T * options.scale, options.soft_cap)
+    products = x @ weight.T if bias is None else x @ weight.T + bias
+    logits = soft_cap(products * options.scale, options.soft_cap)
     nats = cross_entropy(logits, targets).sum()
     if not options.z_loss:
         return nats, nats.detach()
@@ -119,6 +122,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         options: HeadOptions,
         rows: int,
@@ -127,33 +131,42 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kernel = _compiled_loss_and_gradient() if compiled else _loss_and_gradient
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        ctx.dtypes = (x.dtype, weight.dtype)
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         objective = torch.zeros((), dtype=wide, device=x.device)
         nats = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if wants_gradient else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wants_gradient else None
+        d_bias = (
+            torch.zeros(bias.shape, dtype=wide, device=x.device) if wants_gradient and bias is not None else None
+        )
         for start in range(0, x.shape[0], rows):
             block = slice(start, start + rows)
-            block_objective, block_nats, gradient = kernel(x[block] @ weight.T, targets[block], options)
+            products = x[block] @ weight.T if bias is None else torch.addmm(bias, x[block], weight.T)
+            block_objective, block_nats, gradient = kernel(products, targets[block], options)
             objective += block_objective
             nats += block_nats
             if d_x is not None and d_weight is not None:
                 torch.mm(gradient, weight, out=d_x[block])
                 d_weight += gradient.T @ x[block]
+            if d_bias is not None:
+                d_bias += gradient.sum(dim=0, dtype=wide)
         if wants_gradient:
-            ctx.save_for_backward(d_x, d_weight)
+            ctx.save_for_backward(d_x, d_weight, d_bias)
         ctx.mark_non_differentiable(nats)
         return objective, nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
-        d_x, d_weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grad_outputs[0]
-        x_dtype, weight_dtype = ctx.dtypes
-        return (d_x * upstream).to(x_dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None, None
+        given = (
+            None if found is None else (found * upstream).to(dtype)
+            for found, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*given, None, None, None, None, None)
 
 
 def chunked_linear_cross_entropy(
@@ -162,6 +175,7 @@ def chunked_linear_cross_entropy(
     targets: Int[Tensor, " ..."],
     options: HeadOptions = PLAIN_HEAD,
     *,
+    bias: Float[Tensor, " vocab"] | None = None,
     rows: int = 1024,
     compiled: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -173,7 +187,7 @@ def chunked_linear_cross_entropy(
 
     Args:
         x: last hidden states; computed in autocast's dtype where autocast is on.
-        weight: the head's weight.
+        weight, bias: the head's.
         targets: int64; IGNORE_INDEX counts for nothing.
         options: scale, soft cap, z-loss.
         rows: tokens per block.
@@ -184,8 +198,9 @@ def chunked_linear_cross_entropy(
     """
     flat = x.reshape(-1, x.shape[-1])
     # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    asking = any(given.requires_grad for given in (x, weight, bias) if given is not None)
+    wants_gradient = torch.is_grad_enabled() and asking
     objective, nats = _ChunkedLinearCrossEntropy.apply(
-        flat, weight, targets.reshape(-1), options, rows, compiled, wants_gradient
+        flat, weight, bias, targets.reshape(-1), options, rows, compiled, wants_gradient
     )
     return objective, nats

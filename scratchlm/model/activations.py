@@ -79,14 +79,7 @@ def _warm(config: ModelConfig, length: int) -> None:
     if config.moe.experts and config.kernels == "fast":
         small = ModelConfig(
             **{**config.model_dump(), "layers": config.moe.first_dense + config.moe.every, "context_length": 2}
-            | {name: getattr(config, name)[:1] for name in ("attention", "mask", "position")}
-            | {
-                "rope": {
-                    **config.rope.model_dump(),
-                    "theta": config.rope.theta[:1],
-                    "scaling": config.rope.scaling[:1],
-                }
-            }
+            | {"attention": "mha", "mask": "causal", "position": "none", "rope": {}, "linear": {}}
             | {
                 "d_model": 16,
                 "heads": 1,

@@ -78,6 +78,8 @@ class MultiHeadAttention(SoftmaxAttention):
     x ─ qkv ─┼─ k ─ norm? ─ RoPE ─┼─ attention ─ W_o ─►      heads = 8, kv_heads = 8: MHA
              └─ v ────────────────┘                                    kv_heads = 2: GQA, four queries share a key
                                                                        kv_heads = 1: MQA
+
+    With `qkv_clip` all three are cut to ±c, queries and keys between norm and RoPE (DBRX's and OLMo's published code).
     """
 
     def __init__(self, config: ModelConfig, layer: int, positions: Positions) -> None:
@@ -97,6 +99,7 @@ class MultiHeadAttention(SoftmaxAttention):
         )
         norm = choices.QK_NORM.get(config.qk_norm)
         self.q_norm, self.k_norm = norm(config, self.heads), norm(config, self.kv_heads)
+        self.clip = config.qkv_clip
         self.position = positions.at(layer, self.head_dim)
 
     def forward(
@@ -106,8 +109,10 @@ class MultiHeadAttention(SoftmaxAttention):
         q = rearrange(q, "... t (h d) -> ... h t d", h=self.heads)
         k = rearrange(k, "... t (h d) -> ... h t d", h=self.kv_heads)
         v = rearrange(v, "... t (h d) -> ... h t d", h=self.kv_heads)
-        q = self.position(self.q_norm(q), context.positions)
-        k = self.position(self.k_norm(k), context.positions)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        q, k = self.position(q, context.positions), self.position(k, context.positions)
         if context.cache is not None:
             cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
             k, v = cached["k"], cached["v"]

@@ -69,6 +69,7 @@ QK_NORM = Choices(
     {
         "none": "model.norm:NoQKNorm",
         "head": "model.norm:HeadQKNorm",
+        "each": "model.norm:EachHeadQKNorm",
         "full": "model.norm:FullWidthQKNorm",
     },
 )
@@ -85,6 +86,7 @@ RESIDUAL = Choices(
     {
         "plain": "model.residual:PlainResidual",
         "depth": "model.residual:DepthScaledResidual",
+        "fixed": "model.residual:FixedResidual",
         "scalar": "model.residual:ScalarResidual",
         "vector": "model.residual:VectorResidual",
     },

@@ -92,15 +92,20 @@ class ModelConfig(Section):
     )
     embedding_norm: bool = Field(default=False, description="A norm right after the embedding (BLOOM).")
     qk_norm: QKNormName = Field(
-        default="none", description="Normalisation of queries and keys: per head, or over their full width."
+        default="none",
+        description="Normalisation of queries and keys: per head with one gain or one each, or over the full width.",
     )
     qk_norm_kind: NormName | None = Field(
         default=None, description="The norm of qk_norm; None: that of `norm`, or rmsnorm where that is none."
     )
+    qk_norm_eps: float | None = Field(default=None, gt=0, le=1, description="ε of qk_norm; None: norm_eps.")
     block: BlockName = Field(default="serial", description="Attention and feed-forward in a row or side by side.")
     residual: ResidualName = Field(default="plain", description="What a branch is multiplied by when it is added.")
     residual_init: float = Field(
-        default=1.0, ge=0, le=1000, description="Start of the learned residual scales (scalar, vector)."
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="The residual scale: fixed, or where the learned ones start (scalar, vector).",
     )
 
     # feed-forward
@@ -129,6 +134,12 @@ class ModelConfig(Section):
     )
     attention_sinks: bool = Field(
         default=False, description="A learned score per head that takes weight and gives nothing (gpt-oss)."
+    )
+    qkv_clip: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="c: queries, keys and values are cut to ±c, before RoPE (DBRX); None: off.",
     )
     latent: LatentConfig = Field(default_factory=LatentConfig, description="Latent attention (MLA).")
     linear: LinearAttentionConfig = Field(default_factory=LinearAttentionConfig, description="Linear attention.")
@@ -165,6 +176,7 @@ class ModelConfig(Section):
 
     # output
     tied_embeddings: bool = Field(default=False, description="Output projection shares the embedding's weights.")
+    head_bias: bool = Field(default=False, description="A bias on the logits, also with tied embeddings (GPT-J).")
     embedding_scale: Annotated[float, Field(gt=0, le=1e6)] | Literal["sqrt_d_model"] = Field(
         default=1.0, description="Embeddings times this; sqrt_d_model in the first Transformer and Gemma."
     )
@@ -257,6 +269,11 @@ class ModelConfig(Section):
     def resolved_d_expert(self) -> int:
         """Inner width of one expert."""
         return self.moe.d_expert or max(1, self.resolved_d_ff // self.moe.fine_grained)
+
+    @property
+    def resolved_d_shared(self) -> int:
+        """Inner width of the shared experts together; 0 without any."""
+        return self.moe.d_shared or self.moe.shared * self.resolved_d_expert
 
     def attention_at(self, layer: int) -> str:
         """Name of the attention mechanism of one layer."""

@@ -77,9 +77,9 @@ class LatentAttention(SoftmaxAttention):
         queries = [(size, biased["q"]) for size in self.q_widths]
         reads = queries if latent.q_rank is None else [(latent.q_rank, False)]
         self.down = projection(config.d_model, [*reads, (self.kv_rank, False), (self.rope_dim, False)])
-        self.q_norm = None if latent.q_rank is None else norm_of(config, latent.q_rank, kind)
+        self.q_norm = None if latent.q_rank is None else norm_of(config, latent.q_rank, kind, eps=latent.norm_eps)
         self.q_up = None if latent.q_rank is None else projection(latent.q_rank, queries)
-        self.kv_norm = norm_of(config, self.kv_rank, kind)
+        self.kv_norm = norm_of(config, self.kv_rank, kind, eps=latent.norm_eps)
         self.kv_up = projection(self.kv_rank, list(zip(self.kv_widths, (biased["k"], biased["v"]), strict=True)))
         self.output = Linear(
             self.kv_widths[1], config.d_model, bias=biased["o"], residual_output=True, reference=reference

@@ -108,6 +108,8 @@ def _attention(config: ModelConfig) -> None:
     for name, wanted in wanting.items():
         if wanted and not softmax:
             raise ValueError(f"{name} acts on the scores of softmax attention, and no layer has it")
+    if config.qkv_clip is not None and all(config.attention_at(layer) != "mha" for layer in _layers(config)):
+        raise ValueError("qkv_clip cuts the queries, keys and values of attention = mha, and no layer has it")
     if "prefix_lm" in config.mask and not 2 <= config.prefix_length < config.context_length:
         raise ValueError(
             f"mask = prefix_lm needs a prefix to train with: prefix_length = {config.prefix_length} must be at least 2 and below "
@@ -137,9 +139,13 @@ def _attention(config: ModelConfig) -> None:
 def _experts(config: ModelConfig) -> None:
     moe = config.moe
     if not moe.experts:
-        if moe.shared or moe.first_dense or moe.bias_update:
+        if moe.shared or moe.d_shared or moe.first_dense or moe.bias_update:
             raise ValueError("moe has settings but moe.experts = 0: set the number of experts")
         return
+    if moe.d_shared and not moe.shared:
+        raise ValueError(
+            f"moe.d_shared = {moe.d_shared} is the width of the shared experts, and moe.shared = 0: set how many there are"
+        )
     if moe.shared_gate and not moe.shared:
         raise ValueError("moe.shared_gate gates the shared experts, and moe.shared = 0")
     if moe.router == "topk_softmax" and not moe.normalise:

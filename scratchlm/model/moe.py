@@ -101,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         inner = 2 * width if kind.gated else width
         self.up = ExpertLinear(self.n_experts, config.d_model, inner, parts=parts, bias=bias)
         self.down = ExpertLinear(self.n_experts, width, config.d_model, bias=bias, residual_output=True)
-        self.shared = kind(config, d_ff=moe.shared * width) if moe.shared else None
+        self.shared = kind(config, d_ff=config.resolved_d_shared) if moe.shared else None
         gated = self.shared is not None and moe.shared_gate
         self.shared_gate = Linear(config.d_model, 1, role="router", reference=reference) if gated else None
 

@@ -20,17 +20,25 @@ class Norm(nn.Module):
     Attributes:
         scaled, shifted: whether the kind has a gain g and a shift b.
         offset: the gain is offset + weight; weights start so that it is 1.
+
+    Args:
+        width: how many features are normed together.
+        eps: ε.
+        rows: None: one gain and shift, of shape (width,), for all of x; else one of its own for each of so many rows, of
+            shape (rows, width), where x is (…, rows, width).
+        reference: compute by the formula.
     """
 
     scaled: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
     offset: ClassVar[float] = 0.0
 
-    def __init__(self, width: int, eps: float = 1e-5, *, reference: bool = False) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, *, rows: int | None = None, reference: bool = False) -> None:
         super().__init__()
-        self.width, self.eps, self.reference = width, eps, reference
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset)) if self.scaled else None
-        self.bias = nn.Parameter(torch.zeros(width)) if self.shifted else None
+        self.width, self.eps, self.rows, self.reference = width, eps, rows, reference
+        shape = (width,) if rows is None else (rows, width)
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset)) if self.scaled else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if self.shifted else None
         for parameter, role in ((self.weight, "norm"), (self.bias, "bias")):
             if parameter is not None:
                 parameter.role = role  # type: ignore[attr-defined]
@@ -41,13 +49,17 @@ class Norm(nn.Module):
         if gain is not None and self.offset:
             gain = gain + self.offset
         shift = None if self.bias is None else self.bias.to(wide.dtype)
-        return self.normalise(wide, gain, shift).to(x.dtype)
+        if self.rows is None:
+            return self.normalise(wide, gain, shift).to(x.dtype)
+        normed = self.normalise(wide, None, None)  # torch's fused norms take one gain for all
+        normed = normed if gain is None else normed * gain
+        return (normed if shift is None else normed + shift).to(x.dtype)
 
     def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def num_params(self) -> int:
-        return self.width * (self.scaled + self.shifted)
+        return (self.rows or 1) * self.width * (self.scaled + self.shifted)
 
     def flops_per_token(self) -> int:
         """Only matrix products are counted, as everywhere in ScratchLM: a norm is bound by memory, not arithmetic."""
@@ -108,7 +120,7 @@ class LayerNormNoParameters(LayerNorm):
 class NoNorm(nn.Module):
     """The identity, in a norm's place."""
 
-    def __init__(self, width: int, eps: float = 0.0, *, reference: bool = False) -> None:
+    def __init__(self, width: int, eps: float = 0.0, *, rows: int | None = None, reference: bool = False) -> None:
         super().__init__()
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
@@ -121,10 +133,18 @@ class NoNorm(nn.Module):
         return 0
 
 
-def norm_of(config: ModelConfig, width: int, kind: str | None = None) -> Any:
-    """A norm of the configuration's kind (or of `kind`) over `width` features."""
+def norm_of(
+    config: ModelConfig, width: int, kind: str | None = None, *, eps: float | None = None, rows: int | None = None
+) -> Any:
+    """A norm of the configuration's kind (or of `kind`) over `width` features, with its ε (or `eps`); `rows` as there."""
     chosen = choices.NORM.get(config.norm if kind is None else kind)
-    return chosen(width, config.norm_eps, reference=config.kernels == "reference")
+    eps = config.norm_eps if eps is None else eps
+    return chosen(width, eps, rows=rows, reference=config.kernels == "reference")
+
+
+def _qk_norm_of(config: ModelConfig, width: int, rows: int | None = None) -> Any:
+    """A norm for queries or keys."""
+    return norm_of(config, width, config.resolved_qk_norm_kind, eps=config.qk_norm_eps, rows=rows)
 
 
 class NoQKNorm(nn.Module):
@@ -145,11 +165,26 @@ class HeadQKNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
-        self.norm = norm_of(config, config.resolved_head_dim, config.resolved_qk_norm_kind)
+        self.norm = _qk_norm_of(config, config.resolved_head_dim)
 
     def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
         normed: Tensor = self.norm(x)
         return normed
+
+    def num_params(self) -> int:
+        return int(self.norm.num_params())
+
+
+class EachHeadQKNorm(nn.Module):
+    """Each head's vector is normed by itself, with a gain of its own (Command R+, StableLM 2 12B: their published code)."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.norm = _qk_norm_of(config, config.resolved_head_dim, rows=heads)
+
+    def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
+        normed = self.norm(rearrange(x, "... h t d -> ... t h d"))
+        return rearrange(normed, "... t h d -> ... h t d")
 
     def num_params(self) -> int:
         return int(self.norm.num_params())
@@ -161,7 +196,7 @@ class FullWidthQKNorm(nn.Module):
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = norm_of(config, heads * config.resolved_head_dim, config.resolved_qk_norm_kind)
+        self.norm = _qk_norm_of(config, heads * config.resolved_head_dim)
 
     def forward(self, x: Float[Tensor, "... heads t head_dim"]) -> Float[Tensor, "... heads t head_dim"]:
         normed = self.norm(rearrange(x, "... h t d -> ... t (h d)"))

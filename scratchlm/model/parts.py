@@ -69,6 +69,10 @@ class RopeConfig(Section):
     )
     beta_fast: float = Field(default=32.0, gt=0, le=1e6, description="yarn: turns above which a wave is kept.")
     beta_slow: float = Field(default=1.0, gt=0, le=1e6, description="yarn: turns below which it is stretched.")
+    truncate: bool = Field(
+        default=True,
+        description="yarn: the ramp between those two starts and ends at whole pairs (gpt-oss: false).",
+    )
     attention_factor: float | None = Field(
         default=None, gt=0, le=1e6, description="yarn: queries and keys times this; None: 0.1 ln(factor) + 1."
     )
@@ -92,6 +96,9 @@ class LatentConfig(Section):
     )
     value_dim: int | None = Field(
         default=None, ge=1, le=2**16, description="Width of a head's values; None: head_dim."
+    )
+    norm_eps: float | None = Field(
+        default=None, gt=0, le=1, description="ε of the latent vectors' norms; None: the model's norm_eps."
     )
 
 
@@ -134,6 +141,12 @@ class MoEConfig(Section):
     )
     shared: int = Field(
         default=0, ge=0, le=2**10, description="Experts (of the split width) every token goes through."
+    )
+    d_shared: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**24,
+        description="Inner width of all shared experts together; None: shared · d_expert.",
     )
     shared_gate: bool = Field(
         default=False, description="The shared experts' output is multiplied by σ(w · x) (Qwen2-MoE)."

@@ -39,6 +39,20 @@ class DepthScaledResidual(nn.Module):
         return 0
 
 
+class FixedResidual(nn.Module):
+    """s is `residual_init`, not learned (Granite's residual_multiplier: its published code)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scale = config.residual_init
+
+    def forward(self, branch: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return branch * self.scale
+
+    def num_params(self) -> int:
+        return 0
+
+
 class ScalarResidual(nn.Module):
     """s is one learned number per branch, from `residual_init` (0: ReZero, Bachlechner et al. 2020, arXiv 2003.04887)."""
 

@@ -57,10 +57,13 @@ def yarn(frequencies: Frequencies, theta: float, config: ModelConfig) -> tuple[F
         """The pair whose wave turns this often in the original context."""
         return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(0, math.floor(dimension(rope.beta_fast)))
-    high = min(width - 1, math.ceil(dimension(rope.beta_slow)))
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0, low), min(width - 1, high)
     pairs = torch.arange(len(frequencies), dtype=torch.float64, device="cpu")
-    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    # In a context so short that hardly a wave turns, high lies below low: the published code divides all the same.
+    stretched = ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
     mixed = stretched * frequencies / rope.factor + (1 - stretched) * frequencies
     factor = rope.attention_factor
     return mixed, 0.1 * math.log(rope.factor) + 1.0 if factor is None else factor

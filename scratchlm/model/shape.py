@@ -68,6 +68,11 @@ class Count:
         return self.body + self.embeddings
 
 
+def params_per_token(config: ModelConfig) -> int:
+    """Parameters that the embedding and the head have for every token of the vocabulary."""
+    return config.d_model * (1 if config.tied_embeddings else 2) + config.head_bias
+
+
 def count(config: ModelConfig) -> Count:
     """Count the parameters exactly, by building the model without memory for its weights."""
     import torch
@@ -84,7 +89,7 @@ def count(config: ModelConfig) -> Count:
         quick["context_length"] = 1  # RoPE's tables are computed, whatever the device
     with torch.device("meta"):
         model = Transformer(config.model_copy(update=quick))
-    per_token = config.d_model * (1 if config.tied_embeddings else 2)
+    per_token = params_per_token(config)
     embeddings = config.vocab_size * per_token
     prediction = sum(module.num_params() for module in model.predictions)  # type: ignore[operator]
     unused = sum(module.num_active_params() for module in model.predictions)  # type: ignore[operator]
@@ -115,7 +120,7 @@ def ratios(config: ModelConfig) -> Ratios:
     """The proportions of a configuration."""
     width = config.resolved_d_ff
     if config.moe.experts:
-        width = (config.active_experts + config.moe.shared) * config.resolved_d_expert
+        width = config.active_experts * config.resolved_d_expert + config.resolved_d_shared
     return Ratios(
         aspect=config.d_model / max(1, config.layers),
         d_ff=width / config.d_model,

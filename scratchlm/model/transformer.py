@@ -53,7 +53,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(config, layer, positions) for layer in range(config.layers))
         self.norm = norm_of(config, config.d_model) if config.resolved_final_norm else NoNorm(config.d_model)
         self.head = Linear(
-            config.d_model, config.vocab_size, residual_output=True, role="head", reference=reference
+            config.d_model,
+            config.vocab_size,
+            bias=config.head_bias,
+            residual_output=True,
+            role="head",
+            reference=reference,
         )
         self.predictions = nn.ModuleList(
             PredictionModule(config, depth, positions) for depth in range(config.mtp_depth)
@@ -193,19 +198,22 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids, positions, documents, cache, prefix))
 
     def num_params(self) -> int:
-        """Distinct parameters: a tied head is counted once."""
+        """Distinct parameters: a tied head's weight is counted once."""
         return self._count("num_params")
 
     def num_active_params(self) -> int:
         """Parameters that one token meets: of a mixture's experts only those it goes to."""
         return self._count("num_active_params")
 
+    def head_params(self) -> int:
+        """Parameters of the head beside those it shares with the embedding."""
+        return self.head.num_params() - (self.embedding.num_params() if self.config.tied_embeddings else 0)
+
     def _count(self, how: str) -> int:
-        head = 0 if self.config.tied_embeddings else self.head.num_params()
         layers = [*self.blocks, *self.predictions]
         around = [self.embedding, self.embedding_norm, *self.embedding_positions, self.norm]
         inside = sum(getattr(layer, how)() for layer in layers)
-        return int(head + inside + sum(piece.num_params() for piece in around))
+        return int(self.head_params() + inside + sum(piece.num_params() for piece in around))
 
     def training_flops_per_token(self, length: int) -> float:
         """FLOPs of a training step, per token: forward once and backward twice, multi-token predictions included."""

@@ -97,10 +97,12 @@ class NextTokenLoss:
         return places < self._prefix - 1
 
     def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.model.head.weight
+        weight, bias = self.model.head.weight, self.model.head.bias
         if self.kernel == "reference":
-            return reference_linear_cross_entropy(hidden, weight, targets, self.options)
-        return chunked_linear_cross_entropy(hidden, weight, targets, self.options, compiled=self.compiled)
+            return reference_linear_cross_entropy(hidden, weight, targets, self.options, bias=bias)
+        return chunked_linear_cross_entropy(
+            hidden, weight, targets, self.options, bias=bias, compiled=self.compiled
+        )
 
     def _predictions(
         self, hidden: Tensor, batch: Batch, targets: Tensor, context: Context

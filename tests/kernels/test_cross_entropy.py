@@ -156,6 +156,38 @@ def test_scale_cap_and_z_loss(options: HeadOptions) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "options", [HeadOptions(), HeadOptions(0.6, 1.5, 0.01)], ids=["plain", "scale, cap, z-loss"]
+)
+def test_a_bias_is_added_to_the_products(options: HeadOptions, rows: int) -> None:
+    """… and learns: it is the weight of a feature that is 1 everywhere."""
+    x, weight, targets = drawn(5, 6, ignored=0.3, dtype=torch.float64)
+    bias = torch.linspace(-2, 2, 11, dtype=torch.float64, requires_grad=True)
+    ones, column = torch.ones(5, 6, 1, dtype=torch.float64), bias.unsqueeze(1)
+    expected, nats = kernels.reference_linear_cross_entropy(
+        torch.cat([x, ones], -1), torch.cat([weight, column], 1), targets, options
+    )
+    gradients = torch.autograd.grad(expected, (x, weight, bias))
+    for found in (
+        kernels.reference_linear_cross_entropy(x, weight, targets, options, bias=bias),
+        kernels.chunked_linear_cross_entropy(x, weight, targets, options, bias=bias, rows=rows),
+    ):
+        torch.testing.assert_close(found, (expected, nats))
+        torch.testing.assert_close(torch.autograd.grad(found[0], (x, weight, bias)), gradients)
+
+
+def test_a_bias_alone_learns_and_in_its_own_precision() -> None:
+    x, weight, targets = (given.detach() for given in drawn(30))
+    bias = torch.zeros(11, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_linear_cross_entropy(x, weight, targets, bias=bias, rows=7)
+    (rough,) = torch.autograd.grad(loss, bias)
+    (exact,) = torch.autograd.grad(F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum"), bias)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=3e-2, atol=3e-2)
+
+
 def test_each_token_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0], [1.0, 2.0]])
     losses = cross_entropy(logits, torch.tensor([1, 0, IGNORE_INDEX]))

@@ -30,6 +30,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "rope.scaling = llama3": {"rope": {"scaling": "llama3", "factor": 4.0, "original_context": 12}},
     "attention = mla": {"latent": {"kv_rank": 10, "rope_dim": 4}},
     "residual = scalar": {"residual_init": 0.5},
+    "residual = fixed": {"residual_init": 0.5},
     "block = parallel_shared": {},
 }
 """What a choice needs beside its name so that it differs from the default."""
@@ -67,6 +68,13 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
     "post, final norm": {"norm_placement": "post", "final_norm": True},
     "embedding_norm": {"embedding_norm": True},
     "qk_norm full, layernorm": {"qk_norm": "full", "norm": "layernorm", "kv_heads": 2},
+    "qk_norm each, layernorm, gqa": {
+        "qk_norm": "each",
+        "qk_norm_kind": "layernorm",
+        "qk_norm_eps": 0.01,
+        "kv_heads": 2,
+    },
+    "qk_norm each, gated delta": {"qk_norm": "each", "attention": "gated_delta mha", "linear": {"chunk": 8}},
     "qk_norm, no norm": {"qk_norm": "head", "norm": "none"},
     "parallel, post": {"block": "parallel", "norm_placement": "post"},
     "parallel, double, vector": {"block": "parallel", "norm_placement": "double", "residual": "vector"},
@@ -74,11 +82,19 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": "q k v o", "feedforward_bias": True},
     "qv biases": {"attention_bias": "q v", "kv_heads": 2},
     "gated biases": {"feedforward": "swiglu_clamped", "feedforward_bias": True},
+    "qkv_clip, gqa": {"qkv_clip": 0.8, "kv_heads": 2},
+    "qkv_clip, qk_norm, linear": {
+        "qkv_clip": 1.2,
+        "qk_norm": "head",
+        "attention": "linear mha",
+        "linear": {"chunk": 8},
+    },
     "rope fraction": {"rope": {"fraction": 0.34}, "head_dim": 12},
     "rope interleaved, yarn": {
         "rope": {"pairs": "interleaved", "scaling": "yarn", "factor": 2.0, "fraction": 0.5},
         "head_dim": 12,
     },
+    "yarn, between pairs": {"rope": {"scaling": "yarn", "factor": 4.0, "theta": 100.0, "truncate": False}},
     "every other layer nope": {"position": "rope none"},
     "local and global theta": {
         "rope": {"theta": "100 10000"},
@@ -128,6 +144,10 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
         "attention": "mla",
         "latent": {"q_rank": 12, "kv_rank": 10, "rope_dim": 4, "value_dim": 5},
     },
+    "mla, eps of its own": {
+        "attention": "mla",
+        "latent": {"q_rank": 12, "kv_rank": 10, "rope_dim": 4, "norm_eps": 0.03},
+    },
     "mla, nope, biases": {"attention": "mla", "position": "none", "attention_bias": "q k v o"},
     "mla and mha": {"attention": "mla mha", "latent": {"kv_rank": 8, "rope_dim": 2}},
     "moe": {"moe": {"experts": 4}},
@@ -135,6 +155,7 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
         "moe": {"experts": 4, "fine_grained": 2, "shared": 2, "shared_gate": True, "first_dense": 1},
         "feedforward": "relu2",
     },
+    "moe, shared width": {"moe": {"experts": 4, "shared": 2, "d_shared": 11}},
     "moe, sigmoid, groups": {
         "moe": {
             "experts": 8,
@@ -150,6 +171,14 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
     "moe, biases": {"moe": {"experts": 4, "router_bias": True}, "feedforward_bias": True},
     "moe, parallel": {"moe": {"experts": 3, "top_k": 1}, "block": "parallel"},
     "embedding scale": {"embedding_scale": "sqrt_d_model", "logit_scale": 0.25, "logit_soft_cap": 5.0},
+    "head bias": {"head_bias": True, "logit_scale": 0.5},
+    "head bias, tied, mtp": {
+        "head_bias": True,
+        "tied_embeddings": True,
+        "init_embedding_std": 0.1,
+        "mtp_depth": 1,
+        "logit_soft_cap": 3.0,
+    },
     "mtp": {"mtp_depth": 2, "tied_embeddings": True, "init_embedding_std": 0.1},
 }
 

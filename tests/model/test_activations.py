@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def test_counted_by_hand() -> None:
     assert kept["blocks.0.feedforward"] == tokens * word * (16 + 2 * 24 + 24 + 24)
     # the norm: the stream x that it reads, 1 / RMS per token, and x / RMS, which the gain is multiplied by
     assert kept["blocks.0.feedforward_norm"] == tokens * word * (16 + 1 + 16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention": "gla mha", "attention_soft_cap": 5.0},
+        {"attention": "linear mha", "qkv_clip": 5.0},
+        {"attention": "mha linear", "linear": {"normalise": True}},
+    ],
+    ids=str,
+)
+def test_what_one_layer_of_a_mixture_obeys_does_not_stop_the_trace(fields: dict[str, Any]) -> None:
+    config = ModelConfig(
+        vocab_size=7, d_model=16, heads=2, layers=2, context_length=8, moe={"experts": 4}, **fields
+    )
+    kept = activation_bytes(config, 1, 8)
+    assert {"blocks.0.feedforward", "blocks.1.feedforward", "blocks.1.attention"} <= set(kept)
 
 
 def test_it_grows_as_it_must() -> None:

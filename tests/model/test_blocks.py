@@ -107,6 +107,7 @@ def test_the_sum_is_the_one_written_out(block: str, placement: str, residual: st
     scales = {
         "plain": lambda scale: torch.ones(()),
         "depth": lambda scale: torch.tensor(1 / math.sqrt(2 * 3), dtype=torch.float64),
+        "fixed": lambda scale: torch.tensor(0.3, dtype=torch.float64),
         "scalar": lambda scale: scale.scale,
         "vector": lambda scale: scale.scale,
     }[residual]
@@ -185,12 +186,13 @@ def test_around_the_blocks(kernels: str) -> None:
     """Embedding, scale, norm; blocks; final norm; head, scale, cap."""
     config = ModelConfig(
         vocab_size=13, d_model=8, heads=2, layers=2, embedding_scale="sqrt_d_model", embedding_norm=True,
-        logit_scale=0.7, logit_soft_cap=1.5, kernels=kernels,
+        logit_scale=0.7, logit_soft_cap=1.5, head_bias=True, kernels=kernels,
     )  # fmt: skip
     model = Transformer(config, seed=0).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3)
+        model.head.bias.copy_(torch.linspace(-1, 1, 13))
     ids = torch.tensor([[1, 5, 12, 0]])
     x = by_hand(model.embedding_norm, "rmsnorm")(model.embedding.weight[ids] * math.sqrt(8))
     torch.testing.assert_close(model.embed(ids), x)
@@ -198,7 +200,9 @@ def test_around_the_blocks(kernels: str) -> None:
         x = block(x, Context())
     x = by_hand(model.norm, "rmsnorm")(x)
     torch.testing.assert_close(model.hidden(ids), x)
-    torch.testing.assert_close(model(ids), 1.5 * torch.tanh(0.7 * (x @ model.head.weight.T) / 1.5))
+    torch.testing.assert_close(
+        model(ids), 1.5 * torch.tanh(0.7 * (x @ model.head.weight.T + model.head.bias) / 1.5)
+    )
     for placement, final in (
         ("pre", True),
         ("post", False),

@@ -212,7 +212,8 @@ def test_equals_transformers_deepseek(q_rank: int | None, pairs: str, scaled: bo
     theirs: Any = DeepseekV3Attention(theirs_config, 0)
     redrawn(theirs, seed=3)
     theirs = theirs.double().eval()
-    config = config_of({"rope": ours, "attention_scale": scale, "norm_eps": 1e-6, "latent": {"q_rank": q_rank}})
+    latent = {"q_rank": q_rank, "norm_eps": 1e-6}  # theirs has that ε here, whatever the configuration's
+    config = config_of({"rope": ours, "attention_scale": scale, "norm_eps": 0.3, "latent": latent})
     layer = layer_of(config)
 
     def parted(weight: Tensor, first: int) -> Tensor:
@@ -236,7 +237,7 @@ def test_equals_transformers_deepseek(q_rank: int | None, pairs: str, scaled: bo
         # Their RMSNorm and softmax compute in float32 whatever comes in, as do their angles.
         torch.testing.assert_close(layer(x, Context()), expected, rtol=1e-4, atol=1e-4)
         if scaled:
-            plain = layer_of(config_of({"norm_eps": 1e-6, "latent": {"q_rank": q_rank}, "rope": ours}))
+            plain = layer_of(config_of({"latent": latent, "rope": ours}))
             plain.load_state_dict(layer.state_dict())
             assert not torch.allclose(plain(x, Context()), expected, rtol=1e-2, atol=1e-2)
 
@@ -435,6 +436,8 @@ def test_pieces_follow_the_configuration() -> None:
         linears = [module for module in layer.modules() if isinstance(module, Linear)]
         assert [linear.residual_output for linear in linears] == [linear is layer.output for linear in linears]
         assert {linear.reference for linear in linears} == {kernels == "reference"}
+        layer = layer_of(config_of({"norm_eps": 0.1, "kernels": kernels}))
+        assert layer.kv_norm.eps == layer.q_norm.eps == 0.1
     for q_rank in (9, None):  # what holds several matrices says so to Muon, which takes no empty ones
         layer = layer_of(config_of({"position": "none", "latent": {"rope_dim": 0, "q_rank": q_rank}}))
         assert split_sizes(layer.down.weight) == [q_rank or 4 * 6, 7]

@@ -130,7 +130,10 @@ def test_what_is_derived() -> None:
     config = ModelConfig(d_model=64, heads=4, d_ff=120, moe={"experts": 6, "top_k": 2, "fine_grained": 3})
     assert (config.n_experts, config.active_experts, config.resolved_d_expert) == (18, 6, 40)
     assert ModelConfig(d_ff=120, moe={"experts": 6, "d_expert": 33}).resolved_d_expert == 33
-    assert ModelConfig().n_experts == 0
+    assert ModelConfig().n_experts == ModelConfig().resolved_d_shared == 0
+    shared = {"experts": 6, "shared": 2, "d_expert": 33}
+    assert ModelConfig(moe=shared).resolved_d_shared == 66
+    assert ModelConfig(moe={**shared, "d_shared": 35}).resolved_d_shared == 35
     for placement, final in (
         ("pre", True),
         ("post", False),

@@ -66,8 +66,8 @@ def by_loops(module: MixtureOfExperts, c: ModelConfig, x: Tensor) -> np.ndarray:
         y = np.zeros(D_MODEL)
         for expert, gate in zip(*route(module, c, u)[:2], strict=True):
             y += gate * swiglu(u, weights["up.weight"][expert], weights["down.weight"][expert])
-        shared, width = np.zeros(D_MODEL), c.resolved_d_expert
-        for i in range(c.moe.shared):
+        shared, width = np.zeros(D_MODEL), c.moe.d_shared or c.resolved_d_expert
+        for i in range(1 if c.moe.d_shared else c.moe.shared):  # of a width that no experts divide, they are one
             part = slice(i * width, (i + 1) * width)
             gate_w, up_w = np.split(weights["shared.gate_up.weight"], 2)
             both = np.concatenate([gate_w[part], up_w[part]])
@@ -88,6 +88,7 @@ VARIANTS: list[dict[str, Any]] = [
             {"top_k": 1, "router_bias": True, "gate_scale": 2.5},
             {"shared": 1, "fine_grained": 2},
             {"shared": 2, "shared_gate": True, "fine_grained": 4, "groups": 4, "top_groups": 2},
+            {"shared": 2, "d_shared": 3},
             {"groups": 2, "top_groups": 1, "bias_update": 0.1},
             {"experts": 8, "groups": 8, "top_groups": 3, "top_k": 3, "d_expert": 5},
             {"top_k": 4},
@@ -376,17 +377,18 @@ def test_mixtral(router: str) -> None:
     agree(module, block)
 
 
+@pytest.mark.parametrize("d_shared", [None, 2 * D_FF + 3])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_qwen2_moe(normalise: bool) -> None:
+def test_qwen2_moe(normalise: bool, d_shared: int | None) -> None:
     theirs = pytest.importorskip("transformers.models.qwen2_moe.modeling_qwen2_moe")
     from transformers import Qwen2MoeConfig
 
-    module = mixture(experts=6, top_k=3, shared=2, shared_gate=True, normalise=normalise)
+    module = mixture(experts=6, top_k=3, shared=2, d_shared=d_shared, shared_gate=True, normalise=normalise)
     block = theirs.Qwen2MoeSparseMoeBlock(
         Qwen2MoeConfig(
             hidden_size=D_MODEL,
             moe_intermediate_size=D_FF,
-            shared_expert_intermediate_size=2 * D_FF,
+            shared_expert_intermediate_size=d_shared or 2 * D_FF,
             num_experts=6,
             num_experts_per_tok=3,
             norm_topk_prob=normalise,

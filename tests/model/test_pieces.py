@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scratchlm.model import ModelConfig, choices
 from scratchlm.model.context import Context
 from scratchlm.model.linear import Embedding, Linear
-from scratchlm.model.norm import FullWidthQKNorm, HeadQKNorm, NoNorm, NoQKNorm, norm_of
+from scratchlm.model.norm import EachHeadQKNorm, FullWidthQKNorm, HeadQKNorm, NoNorm, NoQKNorm, norm_of
 
 both_kernels = pytest.mark.parametrize("kernels", ["fast", "reference"])
 NORMS = [name for name in choices.NORM.names if name != "none"]
@@ -163,7 +163,7 @@ def test_what_norms_hold() -> None:
     ],
 )
 def test_norms_of_queries_and_keys(norm: str, asked: str | None, kind: str, kernels: str) -> None:
-    """Per head: one gain of head_dim for all heads; over the full width: all heads of a token as one vector."""
+    """Per head: one gain of head_dim for all heads, or one each; over the full width: a token's heads as one vector."""
     config = ModelConfig(d_model=24, heads=4, norm=norm, qk_norm_kind=asked, norm_eps=1e-3, kernels=kernels)
     x = drawn(2, 3, 5, 6) * 2 + 0.3  # batch, heads, tokens, head_dim
     numbers = x.numpy()
@@ -174,6 +174,17 @@ def test_norms_of_queries_and_keys(norm: str, asked: str | None, kind: str, kern
         expected[:, head] = normed(kind, numbers[:, head], 1e-3, *parameters_of(by_head.norm, 6))
     np.testing.assert_allclose(by_head(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
     assert by_head.num_params() == sum(p.numel() for p in by_head.parameters())
+
+    each: Any = moved(EachHeadQKNorm(config, 3)).double()
+    gains, shifts = (np.broadcast_to(held, (3, 6)) for held in parameters_of(each.norm, 6))
+    for head in range(3):
+        expected[:, head] = normed(kind, numbers[:, head], 1e-3, gains[head], shifts[head])
+    np.testing.assert_allclose(each(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert all(p.shape == (3, 6) and p.role in ("norm", "bias") for p in each.parameters())
+    assert each.num_params() == sum(p.numel() for p in each.parameters())
+    assert each(x[0]).equal(each(x)[0])
+    fresh = EachHeadQKNorm(config, 3).norm
+    assert fresh.weight is None or fresh.weight.eq(1 - fresh.offset).all()
 
     full: Any = moved(FullWidthQKNorm(config, 3)).double()
     for row in range(2):
@@ -186,8 +197,25 @@ def test_norms_of_queries_and_keys(norm: str, asked: str | None, kind: str, kern
     assert full.num_params() == sum(p.numel() for p in full.parameters())
     assert full(x[0]).equal(full(x)[0])
 
+    for name in ("head", "each", "full"):
+        held = choices.QK_NORM.get(name)
+        other: Any = held(ModelConfig(**{**config.model_dump(), "qk_norm_eps": 1.0}), 3).double()
+        same: Any = held(ModelConfig(**{**config.model_dump(), "qk_norm_eps": 1e-3}), 3).double()
+        assert same(x).equal(held(config, 3).double()(x))
+        assert (other(x).norm() < 0.9 * same(x).norm()).item(), name
+
     nothing = NoQKNorm(config, 3)
     assert nothing(x) is x and nothing.num_params() == 0
+
+
+def test_a_gain_for_each_head_is_transformers() -> None:
+    theirs = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    config = ModelConfig(d_model=24, heads=4, norm="layernorm_nobias", norm_eps=1e-3)
+    ours: Any = moved(EachHeadQKNorm(config, 3))
+    twin = theirs.CohereLayerNorm((3, 6), eps=1e-3)
+    twin.load_state_dict(ours.norm.state_dict())
+    x = drawn(2, 5, 3, 6, dtype=torch.float32) + 0.3
+    torch.testing.assert_close(ours(x.transpose(1, 2)).transpose(1, 2), twin(x), rtol=1e-5, atol=1e-6)
 
 
 def logistic(x: np.ndarray) -> np.ndarray:

@@ -106,6 +106,7 @@ SCALINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear": ("linear", {}, {}),
     "yarn": ("yarn", {}, {}),
     "yarn, other turns": ("yarn", {"beta_fast": 8.0, "beta_slow": 2.0}, {"beta_fast": 8.0, "beta_slow": 2.0}),
+    "yarn, between pairs": ("yarn", {"truncate": False}, {"truncate": False}),
     "yarn, attention factor": ("yarn", {"attention_factor": 0.7}, {"attention_factor": 0.7}),
     "llama3": ("llama3", {}, {"low_freq_factor": 1.0, "high_freq_factor": 4.0}),
     "llama3, other waves": (
@@ -170,6 +171,43 @@ def test_stretched_frequencies_are_those_of_transformers(
         number = number * np.exp(1j * np.arange(5) * ours[j].item())
         numbers[..., j], numbers[..., j + width // 2] = number.real, number.imag
     np.testing.assert_allclose(layer(x, None).numpy(), numbers, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(
+    ("original", "fast", "slow", "theta"),
+    [
+        (4, 32.0, 1.0, 1e4),  # no wave turns once: both ends below the first pair
+        (40, 6.0, 5.0, 1e4),
+        (40, 32.0, 1.0, 1e4),  # the first end below the first pair
+        (4096, 2.0, 9.0, 1e4),  # the ramp runs backwards
+        (4096, 5.0, 5.0, 1e4),  # a step where it is not rounded
+        (4096, 600.0, 500.0, 1e4),
+        (10**6, 3.0, 1.0, 2.0),  # both ends above the last pair
+        (2048, 32.0, 1.0, 1e4),
+    ],
+)
+def test_yarns_ramp_is_transformers_wherever_it_lies(
+    original: int, fast: float, slow: float, theta: float, truncate: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = pytest.importorskip("transformers.modeling_rope_utils")._compute_yarn_parameters
+    asked: dict[str, Any] = {"beta_fast": fast, "beta_slow": slow, "truncate": truncate, "factor": 8.0}
+    ours, factor = rope(64, scaling="yarn", theta=theta, original_context=original, **asked).frequencies()
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=8 * original,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "original_max_position_embeddings": original,
+            **asked,
+        },
+    )
+    expected, their_factor = theirs(config, "cpu")
+    torch.testing.assert_close(ours.float(), expected, rtol=2e-5, atol=0)
+    assert factor == pytest.approx(their_factor)
 
 
 @pytest.mark.parametrize("scaling", ["yarn", "llama3"])

@@ -56,7 +56,9 @@ def rms(x: Tensor, gain: Tensor) -> Tensor:
 
 def nats_of(model: Transformer, hidden: Tensor, asked: Tensor, z_loss: float = 0.0) -> Tensor:
     config = model.config
-    logits = hidden @ model.head.weight.T * config.logit_scale
+    logits = (
+        hidden @ model.head.weight.T + (0 if model.head.bias is None else model.head.bias)
+    ) * config.logit_scale
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
     logits = logits.flatten(0, -2)
@@ -106,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one depth": {"mtp_depth": 1},
     "tied": {"tied_embeddings": True},
+    "tied, head bias": {"tied_embeddings": True, "head_bias": True, "logit_scale": 0.7},
     "scales and cap": {"embedding_scale": 2.5, "logit_scale": 0.6, "logit_soft_cap": 1.2},
     "parallel, window": {"block": "parallel", "mask": "sliding_window causal", "window": 3},
     "patterns": {"layers": 3, "attention": "gla mha mha", "position": "rope none none"},

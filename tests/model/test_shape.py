@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.model import choices, presets, shape
+from scratchlm.model import ModelConfig, Transformer, choices, presets, shape
 
 exponents = st.floats(6, 10)
 
@@ -110,3 +112,24 @@ def test_ratios_of_known_models() -> None:
         found = shape.ratios(presets.load(name))
         assert (found.aspect, found.d_ff, found.heads) == pytest.approx((aspect, d_ff, heads)), name
     assert set(shape.KNOWN) <= set(presets.names())
+    mixture = {"experts": 8, "top_k": 2, "shared": 3, "d_shared": 100, "d_expert": 50}
+    assert shape.ratios(ModelConfig(d_model=64, heads=4, moe=mixture)).d_ff == (2 * 50 + 100) / 64
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_what_every_token_of_the_vocabulary_costs(tied: bool, head_bias: bool) -> None:
+    fields: dict[str, Any] = {
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+        "head_bias": head_bias,
+        "tied_embeddings": tied,
+    }
+    config = ModelConfig(vocab_size=9, **fields)
+    held = sum(p.numel() for p in Transformer(config).parameters())
+    counted = shape.count(config)
+    assert counted.total == held and counted.active == held
+    assert counted.embeddings == 9 * shape.params_per_token(config) == 9 * (16 * (1 if tied else 2) + head_bias)
+    unset = shape.count(ModelConfig(**fields))
+    assert unset.embeddings == 0 and unset.body == counted.body

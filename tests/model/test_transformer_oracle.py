@@ -1,4 +1,4 @@
-"""The whole model against Hugging Face's: Llama, Qwen3 (norms of queries and keys), and Llama without positions."""
+"""The whole model against Hugging Face's: Llama, Qwen3, OLMo 1, Granite, and Llama without positions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import pytest
 import torch
 from model_variants import SMALL, build, random_ids
 
-from scratchlm.kernels.cross_entropy import chunked_linear_cross_entropy, reference_linear_cross_entropy
+from scratchlm.kernels.cross_entropy import (
+    HeadOptions,
+    chunked_linear_cross_entropy,
+    reference_linear_cross_entropy,
+)
 from scratchlm.model import ModelConfig, Transformer
 
 transformers = pytest.importorskip("transformers")
 
 
-def hugging_face_twin(model: Transformer, family: str) -> Any:
-    """The same weights in transformers' class, our fused matrices taken apart."""
+def hugging_face_twin(model: Transformer, family: str, more: dict[str, Any]) -> Any:
+    """The same weights in transformers' class with `more` settings, our fused matrices taken apart."""
     config = model.config
     config_class = getattr(transformers, f"{family}Config")
     twin_config = config_class(
@@ -33,6 +37,7 @@ def hugging_face_twin(model: Transformer, family: str) -> Any:
         tie_word_embeddings=config.tied_embeddings,
         hidden_act="silu",
         attn_implementation="eager",
+        **more,
     )
     state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
     state["lm_head.weight"] = model.head.weight
@@ -56,39 +61,51 @@ def hugging_face_twin(model: Transformer, family: str) -> Any:
         if config.qk_norm != "none":
             state[f"{here}.self_attn.q_norm.weight"] = block.attention.q_norm.norm.weight
             state[f"{here}.self_attn.k_norm.weight"] = block.attention.k_norm.norm.weight
+    state = {name: value for name, value in state.items() if value is not None}
     twin = getattr(transformers, f"{family}ForCausalLM")(twin_config).eval()
     assert len(list(twin.parameters())) == len(state) - config.tied_embeddings
     twin.load_state_dict({name: value.detach().clone() for name, value in state.items()}, strict=True)
     return twin
 
 
-CASES = {
-    "MHA, untied": ("Llama", {}),
-    "GQA": ("Llama", {"kv_heads": 2}),
-    "MQA": ("Llama", {"kv_heads": 1}),
-    "tied": ("Llama", {"tied_embeddings": True, "init_embedding_std": 0.2}),
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "MHA, untied": ("Llama", {}, {}),
+    "GQA": ("Llama", {"kv_heads": 2}, {}),
+    "MQA": ("Llama", {"kv_heads": 1}, {}),
+    "tied": ("Llama", {"tied_embeddings": True, "init_embedding_std": 0.2}, {}),
     "GQA, tied, other width of heads, θ, ε": (
         "Llama",
         {"kv_heads": 2, "tied_embeddings": True, "head_dim": 10, "rope": {"theta": 500.0}, "norm_eps": 1e-3},
+        {},
     ),
-    "norms of queries and keys": ("Qwen3", {"kv_heads": 2, "qk_norm": "head"}),
+    "norms of queries and keys": ("Qwen3", {"kv_heads": 2, "qk_norm": "head"}, {}),
+    "cut queries, keys and values": (
+        "Olmo",
+        {"kv_heads": 2, "qkv_clip": 0.5, "norm": "layernorm_noparams"},
+        {"clip_qkv": 0.5},
+    ),
+    "fixed residual scale": (
+        "Granite",
+        {"residual": "fixed", "residual_init": 0.3, "attention_scale": 0.2, "logit_scale": 0.25},
+        {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 4.0},
+    ),
 }
 
 
 @pytest.mark.parametrize("kernels", ["fast", "reference"])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_loss_and_gradients_are_those_of_transformers(case: str, kernels: str) -> None:
-    family, changes = CASES[case]
+    family, changes, more = CASES[case]
     config = ModelConfig(**{**SMALL, **changes, "kernels": kernels})
     model = build(config)
-    twin = hugging_face_twin(model, family)
+    twin = hugging_face_twin(model, family, more)
     ids = random_ids(config, 3, 24)
     theirs = twin(ids, labels=ids)
     torch.testing.assert_close(model(ids), theirs.logits, rtol=1e-4, atol=1e-4)
 
     hidden, targets = model.hidden(ids)[:, :-1], ids[:, 1:]
     for loss in (reference_linear_cross_entropy, chunked_linear_cross_entropy):
-        ours = loss(hidden, model.head.weight, targets)[0] / targets.numel()
+        ours = loss(hidden, model.head.weight, targets, HeadOptions(config.logit_scale))[0] / targets.numel()
         torch.testing.assert_close(ours, theirs.loss, rtol=1e-5, atol=1e-5)
 
     ours.backward()
@@ -105,7 +122,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case: str, kernels:
 def test_no_position_is_rope_that_stands_still() -> None:
     config = ModelConfig(**{**SMALL, "position": "none", "kv_heads": 2})
     model = build(config)
-    twin = hugging_face_twin(model, "Llama")
+    twin = hugging_face_twin(model, "Llama", {})
     ids = random_ids(config, 2, 20)
     theirs = twin(ids, position_ids=torch.zeros_like(ids)).logits
     torch.testing.assert_close(model(ids), theirs, rtol=1e-4, atol=1e-4)

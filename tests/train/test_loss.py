@@ -46,8 +46,11 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kernel", ["auto", "reference", "chunked"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_torchs_cross_entropy_summed(kernel: str, tied: bool) -> None:
-    model = model_of(tied_embeddings=tied)
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_it_is_torchs_cross_entropy_summed(kernel: str, tied: bool, head_bias: bool) -> None:
+    model = model_of(tied_embeddings=tied, head_bias=head_bias)
+    if head_bias:
+        torch.nn.init.normal_(model.head.bias, generator=torch.Generator().manual_seed(1))
     given = batch()
     loss = NextTokenLoss(model, kernel)(given)
     gradients = gradients_of(model, loss)

@@ -65,7 +65,7 @@ def components(model: Transformer, length: int) -> list[Component]:
     def same(name: str, of: Sequence[Any], flops: float = 0) -> Component:
         return Component(name, params(of), params(of), flops)
 
-    head_params = 0 if model.config.tied_embeddings else head.num_params()
+    head_params = model.head_params()
     found = [
         same("embedding", pieces),
         same("attention", attention, projections),
@@ -122,7 +122,7 @@ def cost_picture(model: Transformer, length: int, name: str = "costs") -> Pictur
         name,
         "Parameters and FLOPs",
         "By component, over all layers. FLOPs are those of the matrix products of a forward pass; those of attention are split "
-        "into projections and the work that depends on the length. A tied head has no weights of its own.",
+        "into projections and the work that depends on the length. A tied head has no matrix of its own.",
         paint,
     )
 
