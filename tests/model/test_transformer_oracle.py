@@ -1,4 +1,4 @@
-"""The whole model against Hugging Face's: Llama, Qwen3, OLMo 1, Granite, and Llama without positions."""
+"""The whole model against Hugging Face's: Llama (also without positions), Qwen3, OLMo 1, Granite; OLMoE's attention."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scratchlm.kernels.cross_entropy import (
     reference_linear_cross_entropy,
 )
 from scratchlm.model import ModelConfig, Transformer
+from scratchlm.model.context import Context
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,3 +127,24 @@ def test_no_position_is_rope_that_stands_still() -> None:
     ids = random_ids(config, 2, 20)
     theirs = twin(ids, position_ids=torch.zeros_like(ids)).logits
     torch.testing.assert_close(model(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["fast", "reference"])
+def test_queries_and_keys_are_cut_behind_their_norm(kernels: str) -> None:
+    from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRotaryEmbedding
+
+    fields = {"qk_norm": "full", "qkv_clip": 0.6, "kv_heads": 2, "layers": 1, "kernels": kernels}
+    config = ModelConfig(**{**SMALL, **fields})
+    ours = build(config).blocks[0].attention
+    twin_config = transformers.OlmoeConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, clip_qkv=0.6, attn_implementation="eager"
+    )
+    twin = OlmoeAttention(twin_config, 0).eval()
+    names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    state = dict(zip(names, ours.qkv.weight.detach().split(ours.qkv.parts), strict=True))
+    state |= {"o_proj.weight": ours.output.weight, "q_norm.weight": ours.q_norm.norm.weight}
+    twin.load_state_dict({**state, "k_norm.weight": ours.k_norm.norm.weight})
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+    angles = OlmoeRotaryEmbedding(twin_config)(x, torch.arange(9)[None])
+    hidden = torch.full((9, 9), float("-inf")).triu(1)
+    torch.testing.assert_close(ours(x, Context()), twin(x, angles, hidden[None, None])[0], rtol=1e-4, atol=1e-5)
