@@ -41,6 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "loss, perplexity and bits per byte of a run, on its held-out text or on files",
     ),
     "generate": ("trained:generate", "continue texts with a trained model"),
+    "import": ("interop:import_model", "a Hugging Face model becomes one of ours"),
+    "export": ("interop:export_model", "a trained model becomes a folder that transformers opens"),
     "model list": ("models:list_presets", "known architectures that a recipe can name"),
     "model show": ("models:show", "a known architecture as a recipe's [model], and its parameters"),
     "model shape": ("models:shape", "widths and depth for a wished number of parameters"),

@@ -173,6 +173,11 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(default=1000, ge=0, description="Optimizer steps.")
+    start_from: Path | None = Field(
+        default=None,
+        description="A model whose weights training starts from (a run, an imported model, a Hugging Face folder); None: "
+        "random ones.",
+    )
     batch_size: int = Field(default=16, ge=1, description="Sequences per optimizer step.")
     accumulation: int = Field(default=1, ge=1, description="Micro-batches a batch is split into.")
     loader: Literal["epoch", "random"] = Field(

@@ -257,6 +257,11 @@ class Pipeline:
             return
         self.folder.set_key("training", key)
         model = Transformer(self.model_config, seed=recipe.seed)
+        if recipe.train.start_from is not None and not found:
+            from scratchlm.interop.folders import start_from
+
+            start_from(model, recipe.train.start_from, self.tokenizer)
+            self.say(f"weights    from {recipe.train.start_from}")
         active = model.num_active_params()
         self.say(
             f"model      {model.num_params():,} parameters, "

@@ -25,8 +25,9 @@ class EvaluateArguments(EvaluateConfig):
 
 
 def _saved_recipe(run_folder: Path) -> Recipe | None:
+    """The recipe of a run; an imported model's is one to come."""
     path = run_folder / "recipe.toml"
-    return load_recipe(path) if path.exists() else None
+    return load_recipe(path) if path.exists() and not (run_folder / "model.safetensors").exists() else None
 
 
 def _run_and_files(arguments: list[str], usage: str) -> tuple[Path, list[str], list[str]]:
@@ -90,15 +91,15 @@ def _evaluate_files(
     from scratchlm.data import open_corpus
     from scratchlm.evaluate.compressors import compressed_sizes
     from scratchlm.evaluate.evaluation import evaluate_tokens, tokenise
-    from scratchlm.interop.native import best_checkpoint, load, precision_of
-    from scratchlm.pipeline import separator_id
+    from scratchlm.interop.folders import separator_of
+    from scratchlm.interop.native import load, precision_of
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
-        raise UserError(f"{folder} holds no tokenizer.json, which is needed to read text")
+        raise UserError(f"{folder} holds no tokenizer that can be read here, which is needed to read text")
     corpus = open_corpus(corpus_of_files(files))
-    separator = separator_id(tokenizer, recipe or Recipe())
+    separator = separator_of(folder, tokenizer)
     with tokenise(corpus, tokenizer, separator_id=separator) as tokens:
         sizes = compressed_sizes(corpus.bytes_of("train"), total=tokens.bytes) if options.compressors else None
         return evaluate_tokens(
@@ -106,7 +107,7 @@ def _evaluate_files(
             tokens,
             options,
             compressors=sizes,
-            precision=precision_of(best_checkpoint(folder).path),
+            precision=precision_of(folder),
             document_boundaries=recipe is not None and recipe.train.document_boundaries,
         )
 
@@ -128,20 +129,25 @@ def generate(arguments: list[str]) -> None:
     recipe = _saved_recipe(folder)
     default = _defaults(GenerateArguments, recipe, "generate")
     options = parse(GenerateArguments, rest, prog=usage, default=default)
+    stop_is_given = any(argument.split("=")[0] == "--stop" for argument in rest)
     if not options.prompts:
         raise UserError("generate.prompts is empty; give at least one text: --prompts 'def '")
     keep_freed_memory()
     from scratchlm.generate import Generator
+    from scratchlm.interop.folders import end_tokens, separator_of
     from scratchlm.interop.native import load
-    from scratchlm.pipeline import separator_id
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
-        raise UserError(f"{folder} holds no tokenizer.json, which is needed to read a prompt")
-    separator = separator_id(tokenizer, recipe or Recipe()) if tokenizer.special_tokens else None
-    generator = Generator(model.to(choose_device(options.device)), tokenizer, separator_id=separator)
+        raise UserError(f"{folder} holds no tokenizer that can be read here, which is needed to read a prompt")
+    generator = Generator(
+        model.to(choose_device(options.device)), tokenizer, separator_id=separator_of(folder, tokenizer)
+    )
     config = _config(GenerateConfig, options)
+    if recipe is None and not stop_is_given:  # an imported model says itself what ends its texts
+        known = [token for token in config.stop if token in tokenizer.special_tokens]
+        config = config.model_copy(update={"stop": end_tokens(folder, tokenizer) or known})
     if len(config.prompts) == 1:
         pieces = generator.stream(config.prompts[0], config)
         write(config.prompts[0])

@@ -48,7 +48,8 @@ class Opened:
 def is_folder(folder: Path) -> bool:
     """Whether `folder` is one of the hub's: its config.json names a ``model_type``."""
     path = folder / "config.json"
-    return path.is_file() and "model_type" in read_json(path, "model config")
+    values = read_json(path, "model config") if path.is_file() else None
+    return isinstance(values, dict) and "model_type" in values
 
 
 def read_config(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]:

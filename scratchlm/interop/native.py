@@ -12,6 +12,14 @@ from scratchlm.errors import UserError
 from scratchlm.files import atomic_directory, read_json, write_json, write_text
 from scratchlm.interop.choose import Fit, choose, repair
 from scratchlm.interop.hollow_model import hollow_model, install
+from scratchlm.interop.huggingface import (
+    DTYPE_NAMES,
+    SHARD_BYTES,
+    is_folder,
+    open_folder,
+    write_own_weights,
+    write_weights,
+)
 from scratchlm.interop.tokenizer_files import KEPT_IN, carry, read_tokenizer, token_ids, write_tokenizer
 from scratchlm.interop.weights import stored
 from scratchlm.model.card import card
@@ -36,9 +44,11 @@ def best_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, best) if best is not None and path.is_dir() else newest
 
 
-def precision_of(checkpoint: str | os.PathLike[str]) -> str:
-    """The precision a checkpoint was trained in; ``fp32`` where it does not say."""
-    path = Path(checkpoint)
+def precision_of(folder: str | os.PathLike[str]) -> str:
+    """The precision of a run's or checkpoint's training; ``fp32`` where it does not say (imported models)."""
+    if is_folder(Path(folder)):
+        return "fp32"
+    path = best_checkpoint(folder).path
     return Checkpoint(path, 0).progress().precision if (path / "state.json").exists() else "fp32"
 
 
@@ -51,8 +61,6 @@ def load(folder: str | os.PathLike[str]) -> tuple[Transformer, Tokenizer | None]
     Raises:
         UserError: there is no model, it is damaged, of an unknown family, or its tokenizer is not the one it was trained with.
     """
-    from scratchlm.interop.huggingface import is_folder, open_folder
-
     if is_folder(Path(folder)):
         model, tokenizer = open_folder(Path(folder)).model, read_tokenizer(Path(folder))
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -112,8 +120,6 @@ def save(
         UserError: no family (or not the named one) computes the same function: the field is named; or the folder holds
             something.
     """
-    from scratchlm.interop.huggingface import SHARD_BYTES
-
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another one")
@@ -136,8 +142,6 @@ def save(
 
 def _cast(model: Transformer, dtype: str) -> Transformer:
     """A copy of the model in another dtype; what the model keeps in fp32 (a router's correction) is kept."""
-    from scratchlm.interop.huggingface import DTYPE_NAMES
-
     cast = hollow_model(model.config)
     install(cast, {name: tensor.detach().to(DTYPE_NAMES[dtype]) for name, tensor in stored(model).items()})
     return cast
@@ -152,8 +156,6 @@ def _write_family(
     origin: str | os.PathLike[str] | None,
     options: dict[str, Any],
 ) -> None:
-    from scratchlm.interop.huggingface import write_weights
-
     adapt = functools.partial(repair, config=model.config) if found.repaired else None
     write_weights(model, found.family, folder, adapt=adapt, **options)
     original = _original(origin, found.family.model_type)
@@ -179,8 +181,6 @@ def _original(origin: str | os.PathLike[str] | None, model_type: str) -> dict[st
 
 def _dtype_named(model: Transformer, dtype: str) -> dict[str, str]:
     """``torch_dtype`` for config.json: that of most weights."""
-    from scratchlm.interop.huggingface import DTYPE_NAMES
-
     kind = model.embedding.weight.dtype if dtype == "keep" else DTYPE_NAMES[dtype]
     return {"torch_dtype": str(kind).removeprefix("torch.")}
 
@@ -192,8 +192,6 @@ def _write_standalone(
     separator_id: int | None,
     options: dict[str, Any],
 ) -> None:
-    from scratchlm.interop.huggingface import write_own_weights
-
     config = model.config
     write_own_weights(model, folder, **options)
     for source in sorted((Path(__file__).parent / STANDALONE).glob("*_scratchlm.py")):

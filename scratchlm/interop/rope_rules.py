@@ -7,7 +7,7 @@ families one per kind of layer. All are read; the older pair is written, which e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,7 @@ class Rope:
         fraction_default: what it stands for when absent.
         pairs: which dimensions form a pair.
         theta_key: the key of θ in older files, such as ``rotary_emb_base``.
+        kinds: which kinds of scaling the family has.
     """
 
     theta: float = 10_000.0
@@ -141,6 +142,7 @@ class Rope:
     fraction_default: float = 1.0
     pairs: str = "half"
     theta_key: str = "rope_theta"
+    kinds: tuple[str, ...] = _SCALED
 
     def fields(self) -> Sequence[str]:
         return (
@@ -167,12 +169,17 @@ class Rope:
         elif share not in (None, 1, 1.0):
             raise config.wrong("rope_parameters.partial_rotary_factor", share, "the whole head is rotated")
         context = config.whole("max_position_embeddings", "n_positions", default=2048)
-        return fields | read_scaling(config, given, context)
+        scaled = read_scaling(config, given, context)
+        if scaled and scaled["rope.scaling"][0] not in self.kinds:
+            raise config.wrong(
+                "rope_scaling.rope_type", scaled["rope.scaling"][0], "the family has no such scaling"
+            )
+        return fields | scaled
 
     def write(self, model: ModelConfig) -> Values:
         if len(set(model.rope.theta)) > 1:
             raise Inexpressible("rope.theta")
-        if len(set(model.rope.scaling)) > 1:
+        if len(set(model.rope.scaling)) > 1 or model.rope.scaling[0] not in ("none", *self.kinds):
             raise Inexpressible("rope.scaling")
         written: Values = {self.theta_key: model.rope.theta[0]}
         scaling = write_scaling(model, model.rope.scaling[0])
@@ -199,6 +206,25 @@ def read_layer_types(config: Reading, default: Sequence[str], layers: int) -> li
         if kind not in LAYER_TYPES:
             raise config.wrong("layer_types", kind, f"known are {', '.join(LAYER_TYPES)}")
     return types
+
+
+def unless_null(key: str, absent: Any, null: Any = None) -> Callable[[Reading], Any]:
+    """A default for a key whose null means something else than its absence."""
+    return lambda config: null if key in config.values else absent
+
+
+def masks_of(config: Reading, types: Sequence[str], window: int | None) -> Values:
+    """Our masks for the kinds of all layers.
+
+    Raises:
+        UserError: there are sliding layers and no window.
+    """
+    masks = [LAYER_TYPES[kind] for kind in types]
+    if "sliding_window" not in masks:
+        return {"mask": ("causal",)}
+    if window is None:
+        raise config.wrong("sliding_window", None, "layer_types has sliding_attention, which needs one")
+    return {"mask": shortest_pattern(masks), "window": window}
 
 
 def write_layer_types(model: ModelConfig) -> list[str]:
@@ -263,12 +289,100 @@ class LayerTypes:
             if length:
                 pattern = ("sliding_attention",) * (length - 1) + ("full_attention",)
         absent = [pattern[layer % len(pattern)] for layer in range(layers)]
-        masks = [LAYER_TYPES[kind] for kind in read_layer_types(config, absent, layers)]
-        window = config.get("sliding_window", default=self.window)
-        fields: Values = {"mask": shortest_pattern(masks) or ("causal",)}
-        return fields | ({"window": window} if "sliding_window" in masks else {})
+        types = read_layer_types(config, absent, layers)
+        return masks_of(
+            config, types, config.get("sliding_window", default=unless_null("sliding_window", self.window))
+        )
 
     def write(self, model: ModelConfig) -> Values:
         types = write_layer_types(model)
         window: Any = model.window if "sliding_attention" in types else self.window
         return {"layer_types": types, "sliding_window": window}
+
+
+@dataclass(frozen=True)
+class RopeByKind:
+    """Rotary positions of their own for sliding layers and for full ones (Gemma 3, OLMo 3).
+
+    ::
+
+        older    rope_theta, rope_scaling: full layers      rope_local_base_freq: sliding layers, never scaled
+        newer    rope_parameters = {"full_attention": {…}, "sliding_attention": {…}}
+
+    Both are written: each version reads its own.
+
+    Attributes:
+        layers: the family's rule for the kinds of its layers.
+        theta, local_theta: what an absent θ stands for in full and in sliding layers; `local_theta` None: that of full layers.
+        local_key: the key of the sliding layers' θ in older files; None: they share ``rope_theta``.
+    """
+
+    layers: LayerTypes
+    theta: float
+    local_theta: float | None = None
+    local_key: str | None = None
+
+    def fields(self) -> Sequence[str]:
+        return ("position", "rope.theta", "rope.scaling", "rope.pairs")
+
+    def read(self, config: Reading) -> Values:
+        masks: tuple[str, ...] = self.layers.read(config)["mask"]
+        full, sliding = self._settings(config)
+        theta = config.get("rope_theta", default=self.theta)
+        local = theta if self.local_theta is None else self.local_theta
+        if self.local_key:
+            local = config.get(self.local_key, default=local)
+        thetas = {"causal": full.get("rope_theta", theta), "sliding_window": sliding.get("rope_theta", local)}
+        context = config.whole("max_position_embeddings", default=131_072)
+        kinds, fields = {}, dict[str, Any]()
+        for mask, given in (("causal", full), ("sliding_window", sliding)):
+            if mask not in masks:
+                continue
+            if given.get("partial_rotary_factor") not in (None, 1, 1.0):
+                raise config.wrong(
+                    "partial_rotary_factor", given["partial_rotary_factor"], "the whole head is rotated"
+                )
+            scaled = read_scaling(config, given, context)
+            kinds[mask] = scaled.pop("rope.scaling", ("none",))[0]
+            if any(fields.get(name, value) != value for name, value in scaled.items()):
+                raise config.wrong("rope_parameters", given, "all scaled layers need the same settings")
+            fields |= scaled
+        return fields | {
+            "position": ("rope",),
+            "rope.pairs": "half",
+            "rope.theta": shortest_pattern([float(thetas[mask]) for mask in masks]),
+            "rope.scaling": shortest_pattern([kinds[mask] for mask in masks]),
+        }
+
+    def _settings(self, config: Reading) -> tuple[Values, Values]:
+        """The dictionaries of full and of sliding layers."""
+        new, old = config.get("rope_parameters", default=None), config.get("rope_scaling", default=None)
+        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
+            if value is not None and not isinstance(value, dict):
+                raise config.wrong(key, value, "an object is needed")
+        if new is None:
+            return dict(old or {}), {}
+        if set(new) - set(LAYER_TYPES):
+            raise config.wrong("rope_parameters", new, f"one object each is needed for {', '.join(LAYER_TYPES)}")
+        return dict(new.get("full_attention") or {}), dict(new.get("sliding_attention") or {})
+
+    def write(self, model: ModelConfig) -> Values:
+        layers = list(
+            zip(*(per_layer(model, name) for name in ("mask", "rope.theta", "rope.scaling")), strict=True)
+        )
+        local = self.theta if self.local_theta is None else self.local_theta
+        found: dict[str, Values] = {}
+        for kind, sliding in (("full_attention", False), ("sliding_attention", True)):
+            own = [layer for layer in layers if (layer[0] == "sliding_window") == sliding]
+            thetas, kinds = {theta for _, theta, _ in own}, {scaling for _, _, scaling in own}
+            for name, values in (("rope.theta", thetas), ("rope.scaling", kinds)):
+                if len(values) > 1:
+                    raise Inexpressible(name)
+            scaling = write_scaling(model, kinds.pop()) if kinds else None
+            theta = thetas.pop() if thetas else (local if sliding else self.theta)
+            found[kind] = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+        full, sliding_theta = found["full_attention"], found["sliding_attention"]["rope_theta"]
+        written: Values = {"rope_theta": full["rope_theta"], "rope_parameters": found}
+        if full["rope_type"] != "default":
+            written["rope_scaling"] = {name: value for name, value in full.items() if name != "rope_theta"}
+        return written | ({self.local_key: sliding_theta} if self.local_key else {})

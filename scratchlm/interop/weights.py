@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Map:
             v); None: part after part.
         transposed: their weights are (in, out).
         suffixes: what is added to `theirs` for our weight and bias.
+        when: a field and the values of it with which the module has this name; None: always.
     """
 
     theirs: str
@@ -51,6 +53,7 @@ class Map:
     grouped: str | None = None
     transposed: bool = False
     suffixes: Mapping[str, str] = field(default_factory=lambda: SUFFIXES)
+    when: tuple[str, tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ def places(model: Transformer, maps: Sequence[Map]) -> list[Place]:
         AssertionError: a number of ours is in no tensor of theirs, or in two: a mistake in the family's file.
     """
     found: list[Place] = []
+    maps = [entry for entry in maps if entry.when is None or value_of(model.config, entry.when[0]) in entry.when[1]]
     layered = [entry for entry in maps if "{layer}" in entry.theirs]
     for entry in maps:
         if entry not in layered:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
 
 _FILES = {
-    "config.json": "the fields below",
+    "config.json": "the fields above, and those that are at their defaults",
     "model.safetensors": "the weights, by the names of the model's modules",
     "tokenizer.json": "the tokenizer, in Hugging Face's format",
     "optimizer.safetensors": "of a checkpoint in training: moments and random states",

@@ -5,7 +5,8 @@
         model.safetensors      weights, fp32
         optimizer.safetensors  moments and step counts by parameter name, and the random generators' states
         state.json             step, place in the data, seconds, tokens, best loss, decisions
-        tokenizer.json         so that the folder explains itself
+        tokenizer.json         so that the folder is whole
+        README.md              what all this is: every field with its value and meaning
 
 Only safetensors and JSON: nothing in a checkpoint is code.
 """
@@ -27,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scratchlm.errors import UserError
-from scratchlm.files import atomic_directory, read_json, write_json
+from scratchlm.files import atomic_directory, read_json, write_json, write_text
+from scratchlm.model.card import card
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
 from scratchlm.section import validate
@@ -190,7 +192,7 @@ def save_checkpoint(
 
 
 def save_weights(model: Transformer, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into `folder`.
+    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``README.md`` into `folder`.
 
     A tied head is stored once, as the embedding. The weights' metadata names the tokenizer by its hash, so that another
     one beside them is noticed.
@@ -204,6 +206,7 @@ def save_weights(model: Transformer, folder: Path, tokenizer: Tokenizer | None =
         tokenizer.save(folder / "tokenizer.json")
     _save(weights, folder / "model.safetensors", metadata)
     write_json(folder / "config.json", model.config.model_dump(mode="json"))
+    write_text(folder / "README.md", card(model, tokenizer))
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from all_cases import CASES
-from safetensors import safe_open
 from torch import Tensor
-from transformers_oracle import Case, build, greedy, ids_for, layer_outputs, precision, reload
+from transformers_oracle import Case, build, contents, greedy, ids_for, layer_outputs, precision, reload
 from transformers_oracle import save as save_theirs
 
 from scratchlm.interop.family import families, family_of
@@ -126,14 +125,6 @@ def test_greedy_generation_with_cache_is_equal(case: Case, seed: int, root: Path
     expected = written[:, 24:].tolist()
     assert len(expected[0]) == 64
     assert greedy(ours, prompts, 64) == expected
-
-
-def contents(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 @pytest.mark.parametrize("case,seed", EVERY)

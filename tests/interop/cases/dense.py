@@ -58,4 +58,8 @@ def llama(rng: Random) -> dict[str, Any]:
     }
 
 
-CASES = [Case("llama", llama)]
+def arcee(rng: Random) -> dict[str, Any]:
+    return llama(rng) | {"hidden_act": rng.choice(["relu2", "gelu_new"])}
+
+
+CASES = [Case("llama", llama), Case("arcee", arcee)]
