@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from scratchlm.cli import COMMANDS
-from scratchlm.commands import drawings, models, tokenizers, trained
+from scratchlm.commands import drawings, interop, models, tokenizers, trained
 from scratchlm.config import Recipe
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
@@ -32,6 +32,8 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "tokenizer inspect": tokenizers.InspectArguments,
     "evaluate": trained.EvaluateArguments,
     "generate": trained.GenerateArguments,
+    "import": interop.ImportArguments,
+    "export": interop.ExportArguments,
     "model list": models.ListArguments,
     "model show": models.ShowArguments,
     "model draw": drawings.DrawArguments,

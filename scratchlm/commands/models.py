@@ -80,7 +80,9 @@ def _counted(config: ModelConfig, counted: Count) -> str:
     """The parameters in a sentence."""
     prediction = f"; {counted.prediction:,} of them only predict further tokens" if counted.prediction else ""
     if not config.vocab_size:
-        each = config.d_model * (1 if config.tied_embeddings else 2)
+        from scratchlm.model.shape import params_per_token
+
+        each = params_per_token(config)
         return (
             f"{counted.body:,} parameters{_active(counted.body, counted.active)}{prediction}, and {each:,} for every token "
             "of the tokenizer's vocabulary"
