@@ -153,6 +153,10 @@ class Rope:
             *(["rope.fraction"] if self.fraction else []),
         )
 
+    def said(self) -> dict[str, str]:
+        """Field → the values it may have, in words."""
+        return {"position": "rope", "rope.scaling": ", ".join(("none", *_SCALED)), "rope.pairs": self.pairs}
+
     def read(self, config: Reading) -> Values:
         given = one_rope(config)
         own_theta = config.get(self.theta_key, "rope_theta", default=self.theta)
@@ -186,7 +190,9 @@ class Rope:
         if scaling is not None:
             written["rope_scaling"] = scaling
         if self.fraction:
-            written[self.fraction] = model.rope.fraction
+            share, width = model.rope.fraction, model.resolved_head_dim
+            cut_short = int(width * share) < model.rotated_dims  # 44 · (30 / 44) is a little less than 30
+            written[self.fraction] = (model.rotated_dims + 0.5) / width if cut_short else share
         return written
 
 
@@ -250,6 +256,10 @@ class Window:
     def fields(self) -> Sequence[str]:
         return ("mask", "window")
 
+    def said(self) -> dict[str, str]:
+        """Field → the values it may have, in words."""
+        return {"mask": "causal, sliding_window (in all layers)"}
+
     def read(self, config: Reading) -> Values:
         absent = self.default if self.theirs not in config.values else None
         window = config.get(self.theirs, default=absent)
@@ -280,6 +290,10 @@ class LayerTypes:
 
     def fields(self) -> Sequence[str]:
         return ("mask", "window")
+
+    def said(self) -> dict[str, str]:
+        """Field → the values it may have, in words."""
+        return {"mask": "causal, sliding_window"}
 
     def read(self, config: Reading) -> Values:
         layers = config.whole("num_hidden_layers")
@@ -325,8 +339,13 @@ class RopeByKind:
     def fields(self) -> Sequence[str]:
         return ("position", "rope.theta", "rope.scaling", "rope.pairs")
 
+    def said(self) -> dict[str, str]:
+        """Field → the values it may have, in words."""
+        return {"position": "rope", "rope.scaling": ", ".join(("none", *_SCALED)), "rope.pairs": "half"}
+
     def read(self, config: Reading) -> Values:
-        masks: tuple[str, ...] = self.layers.read(config)["mask"]
+        pattern: tuple[str, ...] = self.layers.read(config)["mask"]
+        masks = [pattern[layer % len(pattern)] for layer in range(max(1, config.whole("num_hidden_layers")))]
         full, sliding = self._settings(config)
         theta = config.get("rope_theta", default=self.theta)
         local = theta if self.local_theta is None else self.local_theta

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from scratchlm.interop.rules import Always, Choice, Key, Reading, Rule
+from collections.abc import Callable
+
+from scratchlm.interop.rules import Always, Choice, Custom, Inexpressible, Key, Reading, Rule, Values
 from scratchlm.interop.weights import Map
+from scratchlm.model.config import ModelConfig
 
 FAMILIES: tuple[()] = ()
 
@@ -29,6 +32,29 @@ GROUPED: tuple[Rule, ...] = (
     Key("head_dim", "head_dim", default=head_width),
 )
 """Fewer key/value heads, and heads of a width of their own."""
+
+
+def grouped(kv_heads: int | None = None, head_dim: int | None = None) -> tuple[Rule, ...]:
+    """As :data:`GROUPED`, where files that leave a key out mean these numbers; null still means that of Multi-head attention."""
+
+    def absent(key: str, value: int | None, null: Callable[[Reading], int]) -> Callable[[Reading], int]:
+        return lambda config: null(config) if value is None or key in config.values else value
+
+    heads = absent("num_key_value_heads", kv_heads, lambda config: config.whole("num_attention_heads"))
+    return (
+        Key("num_key_value_heads", "kv_heads", default=heads),
+        Key("head_dim", "head_dim", default=absent("head_dim", head_dim, head_width)),
+    )
+
+
+def _heads_divide(model: ModelConfig) -> Values:
+    if model.d_model % model.heads:
+        raise Inexpressible("heads")
+    return {}
+
+
+HEADS_DIVIDE = Custom((), lambda config: {}, _heads_divide)
+"""Of families whose configuration class refuses heads that do not divide the width, whatever ``head_dim`` says."""
 
 GATED_ACTIVATIONS = {
     "silu": "swiglu",
@@ -60,8 +86,9 @@ def gated(key: str = "hidden_act", default: str = "silu") -> Choice:
 
 
 def plain(key: str = "hidden_act", default: str = "gelu_new") -> Choice:
-    """A plain feed-forward and its activation."""
-    return Choice(key, "feedforward", PLAIN_ACTIVATIONS, default=default)
+    """A plain feed-forward and its activation; of several names for one, the family's own is written."""
+    names = {default: PLAIN_ACTIVATIONS[default], **PLAIN_ACTIVATIONS}
+    return Choice(key, "feedforward", names, default=default)
 
 
 def rms_norm(default: float = 1e-6) -> tuple[Rule, ...]:
@@ -101,9 +128,17 @@ GATED_MLP = (
     Map(f"{LAYER}.mlp.up_proj", f"{BLOCK}.feedforward.gate_up", parts=(1,)),
     Map(f"{LAYER}.mlp.down_proj", f"{BLOCK}.feedforward.down"),
 )
+FUSED_MLP = (
+    Map(f"{LAYER}.mlp.gate_up_proj", f"{BLOCK}.feedforward.gate_up"),
+    Map(f"{LAYER}.mlp.down_proj", f"{BLOCK}.feedforward.down"),
+)
 PRE_NORMS = (
     Map(f"{LAYER}.input_layernorm", f"{BLOCK}.attention_norm"),
     Map(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.feedforward_norm"),
+)
+REORDERED_NORMS = (
+    Map(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.attention_post_norm"),
+    Map(f"{LAYER}.post_feedforward_layernorm", f"{BLOCK}.feedforward_post_norm"),
 )
 EXPERTS = (
     Map(f"{LAYER}.mlp.gate", f"{BLOCK}.feedforward.router.score"),
