@@ -125,8 +125,8 @@ class KVCache:
             if name not in slots:
                 shape = (*fresh.shape[:-2], self.max_length, fresh.shape[-1])
                 slots[name] = torch.empty(shape, device=self.device, dtype=self.dtype or fresh.dtype)
-            slots[name][..., self.length : total, :] = fresh
-        return windows or {name: slots[name][..., :total, :] for name in new}
+            slots[name].narrow(-2, self.length, count).copy_(fresh)
+        return windows or {name: slots[name].narrow(-2, 0, total) for name in new}
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """What this layer keeps instead of slots; empty before the first token."""

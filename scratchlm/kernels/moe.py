@@ -21,6 +21,8 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scratchlm.kernels.matvec import linear
+
 Tokens = Float[Tensor, "tokens d_model"]
 Up = Float[Tensor, "experts inner d_model"]
 Down = Float[Tensor, "experts d_model d_expert"]
@@ -84,6 +86,9 @@ def grouped_experts(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
     tokens, k = experts.shape
+    alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if alone and x.device.type == "cpu" and tokens * k <= FEW_PAIRS:
+        return _few(x, experts, gates, up, down, activate, up_bias, down_bias)
     owner, order = experts.flatten().sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     numbers = torch.arange(len(up), device=owner.device, dtype=owner.dtype)
@@ -97,6 +102,35 @@ def grouped_experts(
         y = y + F.embedding(owner, down_bias.to(y.dtype))
     chosen = _Rows.apply(y, inverse, order, 1).view(tokens, k, y.shape[1])
     return (chosen * gates[..., None]).sum(1).to(y.dtype)
+
+
+FEW_PAIRS = 32
+"""Up to here the grouped matmuls' preparations cost more than the products (one token written at a time)."""
+
+
+def _few(
+    x: Tokens,
+    experts: Int[Tensor, "tokens k"],
+    gates: Float[Tensor, "tokens k"],
+    up: Up,
+    down: Down,
+    activate: Callable[[Tensor], Tensor],
+    up_bias: UpBias | None,
+    down_bias: DownBias | None,
+) -> Tokens:
+    """The same, expert by expert of those that are asked: their weights are read where they lie."""
+    mixture = torch.zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(x.dtype, gates.dtype))
+    pairs: dict[int, list[tuple[int, int]]] = {}
+    for token, chosen in enumerate(experts.tolist()):
+        for choice, expert in enumerate(chosen):
+            pairs.setdefault(expert, []).append((token, choice))
+    for expert, places in pairs.items():
+        rows = x if len(x) == 1 else x[[token for token, _ in places]]
+        inner = linear(rows, up[expert], None if up_bias is None else up_bias[expert].to(rows.dtype))
+        y = linear(activate(inner), down[expert], None if down_bias is None else down_bias[expert].to(rows.dtype))
+        for row, (token, choice) in zip(y, places, strict=True):
+            mixture[token] += gates[token, choice] * row
+    return mixture.to(x.dtype)
 
 
 class _Rows(torch.autograd.Function):

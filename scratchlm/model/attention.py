@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -40,6 +39,16 @@ def scores_per_query(config: ModelConfig, layer: int, length: int) -> float:
     if kernel in ("reference", "sdpa") or rule.is_plain_causal or not length:
         return length
     return scores_computed(rule, length, prefix=config.prefix_length) / length
+
+
+def split_heads(x: Float[Tensor, "... length width"], heads: int) -> Float[Tensor, "... heads length head_dim"]:
+    """Each token's row in `heads` pieces, heads before tokens; a view."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def join_heads(x: Float[Tensor, "... heads length head_dim"]) -> Float[Tensor, "... length width"]:
+    """The inverse of :func:`split_heads`."""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 class SoftmaxAttention(nn.Module):
@@ -99,25 +108,28 @@ class MultiHeadAttention(SoftmaxAttention):
         )
         norm = choices.QK_NORM.get(config.qk_norm)
         self.q_norm, self.k_norm = norm(config, self.heads), norm(config, self.kv_heads)
+        self.unnormed = config.qk_norm == "none"
         self.clip = config.qkv_clip
         self.position = positions.at(layer, self.head_dim)
 
     def forward(
         self, x: Float[Tensor, "... length d_model"], context: Context
     ) -> Float[Tensor, "... length d_model"]:
-        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
-        q = rearrange(q, "... t (h d) -> ... h t d", h=self.heads)
-        k = rearrange(k, "... t (h d) -> ... h t d", h=self.kv_heads)
-        v = rearrange(v, "... t (h d) -> ... h t d", h=self.kv_heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.clip is not None:
-            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        q, k = self.position(q, context.positions), self.position(k, context.positions)
+        heads = split_heads(self.qkv(x), self.heads + 2 * self.kv_heads)
+        if self.clip is None and self.unnormed:  # queries and keys lie side by side: one rotation turns both
+            qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=-3)
+            q, k = self.position(qk, context.positions).split([self.heads, self.kv_heads], dim=-3)
+        else:
+            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-3)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if self.clip is not None:
+                q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+            q, k = self.position(q, context.positions), self.position(k, context.positions)
         if context.cache is not None:
             cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
             k, v = cached["k"], cached["v"]
         mixed = self.kernel(q, k, v, self.visible(context, k.shape[-2]), self.scores(self.position.slopes))
-        return self.output(rearrange(mixed, "... h t d -> ... t (h d)"))
+        return self.output(join_heads(mixed))
 
     def num_params(self) -> int:
         norms = self.q_norm.num_params() + self.k_norm.num_params()

@@ -16,6 +16,7 @@ from scratchlm.model.context import Context
 from scratchlm.model.moe import MixtureOfExperts
 from scratchlm.model.norm import NoNorm, norm_of
 from scratchlm.model.position import Positions
+from scratchlm.model.residual import PlainResidual
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Block(nn.Module):
         residual = choices.RESIDUAL.get(config.residual)
         self.attention_scale, self.feedforward_scale = residual(config), residual(config)
         self.dropout = nn.Dropout(config.residual_dropout)
+        # Steps that do nothing are not called: where a token is written at a time, calls are most of the time.
+        self.scaled = not isinstance(self.attention_scale, PlainResidual)
+        self.normed_after, self.dropped = self.placement.after, config.residual_dropout > 0
         self._place_norms(config)
 
     def _place_norms(self, config: ModelConfig) -> None:
@@ -85,10 +89,12 @@ class Block(nn.Module):
 
     def _join(self, x: Tensor, branch: Tensor, post_norm: nn.Module, scale: nn.Module) -> Tensor:
         """The stream after one branch."""
-        if self.placement.on_stream:
-            joined: Tensor = post_norm(x + scale(self.dropout(branch)))
-            return joined
-        return x + scale(self.dropout(post_norm(branch)))
+        if self.normed_after:
+            branch = post_norm(branch)
+        if self.dropped:
+            branch = self.dropout(branch)
+        x = x + (scale(branch) if self.scaled else branch)
+        return post_norm(x) if self.placement.on_stream else x
 
     def pieces(self) -> list[nn.Module]:
         """Everything with parameters of its own."""

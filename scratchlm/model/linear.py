@@ -8,6 +8,8 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scratchlm.kernels.matvec import linear
+
 
 class Linear(nn.Module):
     """y = W x, or W x + b.
@@ -48,6 +50,7 @@ class Linear(nn.Module):
         self.biased = [bias] * len(self.parts) if isinstance(bias, bool) else bias
         sizes = [size for size, has in zip(self.parts, self.biased, strict=True) if has]
         self.bias = nn.Parameter(torch.zeros(sum(sizes))) if sizes else None
+        self.unbiased = not sizes
         if self.bias is not None:
             self.bias.role = "bias"  # type: ignore[attr-defined]
 
@@ -63,11 +66,11 @@ class Linear(nn.Module):
         return torch.cat(rows)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        bias = self.full_bias()
+        bias = None if self.unbiased else self.full_bias()
         if self.reference:
             product = einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
             return product if bias is None else product + bias
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
     def num_params(self) -> int:
         biases = sum(size for size, has in zip(self.parts, self.biased, strict=True) if has)

@@ -44,6 +44,9 @@ class Norm(nn.Module):
                 parameter.role = role  # type: ignore[attr-defined]
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        plain = self.rows is None and not self.offset and x.dtype in (torch.float32, torch.float64)
+        if plain and (self.weight is None or self.weight.dtype == x.dtype):  # nothing to widen
+            return self.normalise(x, self.weight, self.bias)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         gain = None if self.weight is None else self.weight.to(wide.dtype)
         if gain is not None and self.offset:

@@ -208,3 +208,24 @@ def test_autocast(dispatch: Callable[..., Tensor]) -> None:
             torch.testing.assert_close(
                 found[name], gradient, rtol=0, atol=0.03 * float(gradient.abs().max()), msg=name
             )
+
+
+@every_load
+@pytest.mark.parametrize("biased", [True, False])
+def test_few_pairs_are_computed_expert_by_expert(
+    load: Callable[[torch.Generator], Tensor], biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of generation, here for any number of pairs: as the formula, and only where no gradient is wanted."""
+    experts, (x, gates, up, down, up_bias, down_bias) = drawn(load, torch.float64)
+    biases = (up_bias, down_bias) if biased else (None, None)
+    taken = []
+    few = kernels._few
+    monkeypatch.setattr(kernels, "_few", lambda *arguments: taken.append(1) or few(*arguments))
+    monkeypatch.setattr(kernels, "FEW_PAIRS", 10**6)
+    with torch.no_grad():
+        found = grouped_experts(x, experts, gates, up, down, swiglu, *biases)
+        wanted = reference_experts(x, experts, gates, up, down, swiglu, *biases)
+    assert taken == [1] and found.shape == wanted.shape and found.dtype == wanted.dtype
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    grouped_experts(x, experts, gates, up, down, swiglu, *biases)
+    assert taken == [1]
