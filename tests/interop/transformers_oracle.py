@@ -83,6 +83,7 @@ def build(case: Case, seed: int, dtype: torch.dtype) -> Any:
     with precision(dtype):
         config = transformers.AutoConfig.for_model(case.model_type, **arguments)
         config._attn_implementation = "eager"
+        config._experts_implementation = "eager"  # the others know no float64
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         model.to(dtype)
@@ -106,7 +107,8 @@ def randomise(model: Any, seed: int) -> None:
         if any(part in name for part in ("inv_freq", "original_inv_freq")):
             continue
         if tensor.ndim == 1 or "norm" in name or ".ln" in name:
-            centre = 1.0 if name.endswith("weight") and "bias" not in name else 0.0
+            # (a norm of gain 1 + w starts from zeros)
+            centre = 1.0 if name.endswith("weight") and "bias" not in name and tensor.any() else 0.0
             tensor.copy_(centre + 0.3 * noise)
         else:
             tensor.copy_(noise * 1.2 * tensor.shape[-1] ** -0.5)
@@ -158,7 +160,11 @@ def reload(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers makes of a folder; it must find every tensor, and none too many."""
     with precision(dtype):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[kind], f"{kind}: {info[kind]}"
