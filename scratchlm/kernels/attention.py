@@ -112,6 +112,11 @@ def sdpa_attention(
         "dropout_p": scores.dropout,
     }
     if scores.slopes is None and scores.sinks is None:
+        if visible is None and queries == 1 < keys and options["enable_gqa"]:
+            # The newest token alone: the query heads of a group are queries of one head, and each key is read once.
+            grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
+            options["enable_gqa"] = False
+            return F.scaled_dot_product_attention(grouped, k, v, **options).flatten(-3, -2).unsqueeze(-2)
         if visible is None and (queries == keys or queries == 1):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys, **options)
         allowed = causal_triangle(queries, keys, q.device) if visible is None else visible.matrix()

@@ -368,3 +368,25 @@ def test_every_position_has_every_hook() -> None:
         assert (at_layer.slopes is not None) == (name == "alibi")
         assert (at_layer(x, None) is x) == (name != "rope")
         assert bool(Positions(config).at_embedding()) == (name in ("sinusoidal", "learned"))
+
+
+def test_the_kept_angles_are_those_of_the_positions_asked_for() -> None:
+    """Positions changed in place, another dtype, a rebuilt table: each is computed anew, and training goes on after inference."""
+    config = ModelConfig(vocab_size=10, d_model=16, heads=2, layers=1, context_length=32)
+    rope = RoPE(config, 0, 8)
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    positions = torch.arange(5).expand(2, 5).clone()
+
+    def fresh(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return RoPE(config, 0, 8).to(x.dtype)(x, positions.clone())
+
+    first = rope(x, positions)
+    assert first.equal(rope(x, positions)) and first.equal(fresh(x, positions))
+    positions += 3
+    assert rope(x, positions).equal(fresh(x, positions)) and not rope(x, positions).equal(first)
+    assert rope(x.bfloat16(), positions).equal(fresh(x.bfloat16(), positions))
+    with torch.inference_mode():
+        rope(x, positions)
+    rope(x, positions).sum().backward()
+    rope.double()
+    assert (rope(x.double(), positions) - fresh(x.double(), positions)).abs().max() < 1e-12
