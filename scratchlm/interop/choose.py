@@ -10,7 +10,9 @@ from torch import Tensor
 from scratchlm.errors import UserError
 from scratchlm.interop.canonical import differences
 from scratchlm.interop.family import Family, families
+from scratchlm.interop.weights import Uncovered, places
 from scratchlm.model.config import ModelConfig
+from scratchlm.model.draw.hollow import hollow
 
 FIRST = ("llama", "gpt2", "qwen2", "qwen3", "mistral", "mixtral")
 """Asked before the others: what most software reads."""
@@ -51,7 +53,13 @@ def _fit(config: ModelConfig, family: Family) -> Fit:
         said = family.read(values, "config.json")
     except UserError:  # the family has no such model at all
         return Fit(family, tuple(unsaid) or ("a combination of fields",), values, None)
-    return Fit(family, tuple(dict.fromkeys([*unsaid, *differences(config, said)])), values, said)
+    unlike = tuple(dict.fromkeys([*unsaid, *differences(config, said)]))
+    if not unlike:
+        try:
+            places(hollow(config), family.weights)
+        except Uncovered as error:  # such as a dense model in a family of mixtures
+            unlike = (f"weights ({error})",)
+    return Fit(family, unlike, values, said)
 
 
 def choose(config: ModelConfig, name: str = "auto") -> Fit:
@@ -95,6 +103,8 @@ def choose(config: ModelConfig, name: str = "auto") -> Fit:
 
 
 def _value(config: ModelConfig, name: str) -> Any:
+    if name.startswith("weights "):
+        return "without places"
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part, "?")

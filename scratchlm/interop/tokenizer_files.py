@@ -71,11 +71,12 @@ def write_tokenizer(
 
 
 def token_ids(tokenizer: Tokenizer | None, separator_id: int | None = None) -> dict[str, int | None]:
-    """``bos_token_id`` and ``eos_token_id`` for config.json: the token between documents."""
-    if tokenizer is None or not tokenizer.special_tokens:
-        return {"bos_token_id": None, "eos_token_id": None}
-    end = next(iter(tokenizer.special_tokens.values())) if separator_id is None else separator_id
-    return {"bos_token_id": end, "eos_token_id": end}
+    """The special ids for config.json: the token between documents begins and ends a text, and none is padding (a family's default
+    would be an id of another vocabulary, whose embedding then stays frozen)."""
+    end: int | None = None
+    if tokenizer is not None and tokenizer.special_tokens:
+        end = next(iter(tokenizer.special_tokens.values())) if separator_id is None else separator_id
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
 
 
 def carry(source: Path, target: Path) -> list[str]:

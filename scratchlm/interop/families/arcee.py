@@ -8,6 +8,7 @@ from scratchlm.interop.families.shared import (
     BLOCK,
     DROPOUT,
     GROUPED,
+    HEADS_DIVIDE,
     LAYER,
     PRE_NORMS,
     WIDTHS,
@@ -28,6 +29,7 @@ FAMILIES = (
         config=(
             *WIDTHS,
             *GROUPED,
+            HEADS_DIVIDE,
             *rms_norm(1e-5),
             plain(default="relu2"),
             Rope(),

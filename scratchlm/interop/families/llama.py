@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from scratchlm.interop.families.shared import DROPOUT, GROUPED, LLAMA_WEIGHTS, WIDTHS, gated, rms_norm, tied
+from scratchlm.interop.families.shared import (
+    DROPOUT,
+    GROUPED,
+    HEADS_DIVIDE,
+    LLAMA_WEIGHTS,
+    WIDTHS,
+    gated,
+    rms_norm,
+    tied,
+)
 from scratchlm.interop.family import Family
 from scratchlm.interop.rope_rules import Rope
 from scratchlm.interop.rules import Biases, Key
@@ -15,6 +24,7 @@ FAMILIES = (
         config=(
             *WIDTHS,
             *GROUPED,
+            HEADS_DIVIDE,
             *rms_norm(),
             gated(),
             Rope(),
