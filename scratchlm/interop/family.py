@@ -29,7 +29,8 @@ class Family:
         weights: the places of tensors.
         head: their name of the head's weight, absent from files when it is tied.
         prefix: what some files leave out before every name but the head's, such as ``transformer.``.
-        ignored: regular expressions of tensors that hold nothing learned (masks, tables of old files).
+        ignored: regular expressions of tensors that the model does not compute with (masks and tables of old files, modules of
+            multi-token prediction); ``{beyond}`` is the number of a layer after the last.
         alias: other ``model_type``\\ s that are read as this one.
         also_architectures: other names of `architecture` in files.
     """

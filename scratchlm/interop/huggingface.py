@@ -27,6 +27,9 @@ DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 SHARD_BYTES = 5_000_000_000
 
+BEYOND = 8
+"""How many modules of multi-token prediction a file may have, which stand there as further layers."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -132,7 +135,9 @@ def _check(
         raise UserError(
             f"{folder} lacks {len(missing)} of the model's tensors: {_some(missing)}; take the whole folder"
         )
-    known = [re.compile(pattern) for pattern in (*family.ignored, r".*rotary_emb\.inv_freq")]
+    beyond = "|".join(str(layer) for layer in range(config.layers, config.layers + BEYOND))
+    ignored = [pattern.replace("{beyond}", f"(?:{beyond})") for pattern in family.ignored]
+    known = [re.compile(pattern) for pattern in (*ignored, r".*rotary_emb\.inv_freq")]
     spare = names.keys() - needed.keys()
     if config.tied_embeddings:
         spare -= {family.head}

@@ -271,6 +271,11 @@ class Biases:
     def fields(self) -> Sequence[str]:
         return ("attention_bias", "feedforward_bias") if self.feedforward else ("attention_bias",)
 
+    def said(self) -> dict[str, str]:
+        """Field → the values it may have, in words."""
+        both = " or ".join(" ".join(self._names(on)) or "none" for on in (False, True))
+        return {"attention_bias": both, "feedforward_bias": "no or yes"}
+
     def _names(self, on: bool) -> tuple[str, ...]:
         return tuple(name for name in "qkvo" if name in self.always or (on and name in self.projections))
 

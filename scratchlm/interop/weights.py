@@ -15,7 +15,7 @@ so reading and writing are exact inverses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,9 +24,24 @@ from torch import Tensor, nn
 
 from scratchlm.interop.rules import value_of
 from scratchlm.model.draw.hollow import hollow
+from scratchlm.model.linear import Linear
+from scratchlm.model.moe import ExpertLinear
 from scratchlm.model.transformer import Transformer
 
 SUFFIXES = {"weight": ".weight", "bias": ".bias"}
+
+
+class _Some:
+    def __contains__(self, value: object) -> bool:
+        return value is not None
+
+
+SOME = _Some()
+"""For `Map.when`: every value but None."""
+
+
+class Uncovered(Exception):
+    """A family's tensors are not those of a model of ours; the message names the tensor."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class Map:
         grouped: a field that says in how many groups their rows come, each with its share of every part (a head's q, k and
             v); None: part after part.
         transposed: their weights are (in, out).
+        stacked: theirs holds all experts, as ours does; else experts are ``{index}``, and the same name without is of dense layers.
+        unsqueezed: their shape starts with a 1.
         suffixes: what is added to `theirs` for our weight and bias.
         when: a field and the values of it with which the module has this name; None: always.
     """
@@ -52,8 +69,10 @@ class Map:
     parts: tuple[int, ...] | None = None
     grouped: str | None = None
     transposed: bool = False
+    stacked: bool = False
+    unsqueezed: bool = False
     suffixes: Mapping[str, str] = field(default_factory=lambda: SUFFIXES)
-    when: tuple[str, tuple[Any, ...]] | None = None
+    when: tuple[str, Container[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +189,8 @@ def _unfold_tensor(
     )
     if place.transposed:
         place = replace(place, shape=(*shape[:-2], shape[-1], shape[-2]))
+    if entry.unsqueezed:
+        place = replace(place, shape=(1, *place.shape))
     if "{index}" not in entry.theirs:
         yield place
         return
@@ -180,6 +201,9 @@ def _unfold_tensor(
 def _unfold(model: Transformer, entry: Map) -> Iterator[Place]:
     """The places of one entry without ``{layer}``."""
     found = _module_at(model, entry.ours)
+    each = "{index}" in entry.theirs
+    if (isinstance(found, ExpertLinear) and not (each or entry.stacked)) or (isinstance(found, Linear) and each):
+        return
     if isinstance(found, Tensor):
         yield from _unfold_tensor(model, entry, entry.ours, "", None)
     elif found is not None:
@@ -196,7 +220,7 @@ def places(model: Transformer, maps: Sequence[Map]) -> list[Place]:
         maps: the family's.
 
     Raises:
-        AssertionError: a number of ours is in no tensor of theirs, or in two: a mistake in the family's file.
+        Uncovered: a number of ours is in no tensor of theirs, or in two: the family has no such model, or its file a mistake.
     """
     found: list[Place] = []
     maps = [entry for entry in maps if entry.when is None or value_of(model.config, entry.when[0]) in entry.when[1]]
@@ -222,9 +246,11 @@ def _check_cover(model: Transformer, found: list[Place]) -> None:
         counted[place.ours] = counted.get(place.ours, 0) + int(torch.Size(place.shape).numel())
     names = [place.theirs for place in found]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    assert not twice, f"two places for {sorted(twice)[:3]}"
+    if twice:
+        raise Uncovered(f"{sorted(twice)[0]}: two places")
     for name, tensor in stored(model).items():
-        assert counted.get(name, 0) == tensor.numel(), f"{name}: {counted.get(name, 0)} of {tensor.numel()} numbers"
+        if counted.get(name, 0) != tensor.numel():
+            raise Uncovered(f"{name}: {counted.get(name, 0):,} of {tensor.numel():,} numbers have a place")
 
 
 def stored(model: Transformer) -> dict[str, Tensor]:

@@ -190,13 +190,17 @@ def generated() -> dict[str, str]:
     return {"costs": cost_table(), "refused": refusal_list(), "layouts": layouts()}
 
 
-def filled(page: str) -> str:
+def filled(page: str, parts: Mapping[str, str] | None = None) -> str:
     """The page with those parts renewed.
+
+    Args:
+        page: Markdown with marks ``<!-- name -->`` and ``<!-- /name -->``.
+        parts: what stands between them; None: those of architecture.md.
 
     Raises:
         UserError: the page lacks a mark.
     """
-    for name, text in generated().items():
+    for name, text in (generated() if parts is None else parts).items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not mark.search(page):
             raise UserError(f"the page has no <!-- {name} --> … <!-- /{name} -->; add both marks")
