@@ -32,7 +32,8 @@ class Family:
         ignored: regular expressions of tensors that the model does not compute with (masks and tables of old files, modules of
             multi-token prediction); ``{beyond}`` is the number of a layer after the last.
         alias: other ``model_type``\\ s that are read as this one.
-        also_architectures: other names of `architecture` in files.
+        written: further keys of config.json, which change nothing.
+        quantised: the quantisations of its files that are read.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class Family:
     ignored: Sequence[str] = ()
     alias: Sequence[str] = ()
     written: Mapping[str, Any] = field(default_factory=dict)
+    quantised: Sequence[str] = ()
 
     @property
     def rules(self) -> list[Rule]:
@@ -62,12 +64,7 @@ class Family:
         Raises:
             UserError: a key or value that no field of ours expresses; it is named.
         """
-        if values.get("quantization_config"):
-            method = values["quantization_config"].get("quant_method", "?")
-            raise UserError(
-                f"{where}: the weights are quantised (quantization_config: {method}), which is not supported; take a copy "
-                "of the model in bf16, fp16 or fp32"
-            )
+        self.quantisation(values, where)
         reading = Reading(values, where, self.model_type)
         fields: Values = {}
         for rule in self.rules:
@@ -79,6 +76,23 @@ class Family:
                 f"{'are' if several else 'is'} not known here; nothing is ignored silently, so the model is not read"
             )
         return validate(ModelConfig, nested(fields), where)
+
+    def quantisation(self, values: Mapping[str, Any], where: str) -> str | None:
+        """How the weights beside a config.json are quantised; None: they are not.
+
+        Raises:
+            UserError: in a way that is not read.
+        """
+        said = values.get("quantization_config")
+        if not said:
+            return None
+        method = said.get("quant_method", "?") if isinstance(said, dict) else said
+        if method in self.quantised:
+            return str(method)
+        raise UserError(
+            f"{where}: the weights are quantised (quantization_config: {str(method)[:40]}), which is not supported; take a copy "
+            "of the model in bf16, fp16 or fp32"
+        )
 
     def write(self, model: ModelConfig) -> tuple[Values, list[str]]:
         """config.json for a configuration, and the fields that it cannot say (their dotted names)."""
@@ -100,6 +114,7 @@ class Family:
 
 
 _OURS_TO_SAY = (
+    "quantization_config",
     "architectures",
     "model_type",
     "dtype",

@@ -16,6 +16,7 @@ from scratchlm.errors import UserError
 from scratchlm.files import read_json
 from scratchlm.interop.family import Family, family_of
 from scratchlm.interop.hollow_model import hollow_model, install
+from scratchlm.interop.mxfp4 import Mxfp4Files
 from scratchlm.interop.tensor_files import DTYPES, TensorFiles, write_tensors
 from scratchlm.interop.weights import Place, places_of, stored
 from scratchlm.model.config import ModelConfig
@@ -85,7 +86,8 @@ def open_folder(
             shapes are named), or files that are damaged.
     """
     family, values, config = read_config(folder)
-    files = TensorFiles(folder, allow_pickle)
+    packed = family.quantisation(values, str(folder / "config.json"))
+    files = Mxfp4Files(folder, allow_pickle) if packed == "mxfp4" else TensorFiles(folder, allow_pickle)
     names = _names(files, family)
     model = hollow_model(config)
     wanted = places_of(model, family.weights)

@@ -329,6 +329,7 @@ EVERYONES = Harmless(
         "output_router_logits",
         "pad_token_id",
         "problem_type",
+        "quantization_config",
         "return_dict",
         "sep_token_id",
     ),

@@ -120,7 +120,10 @@ class TensorFiles:
         """One tensor, on the CPU, as it is stored."""
         if name in self._pickled:
             return self._pickled[name]
-        path = self.stored[name].file
+        return self.tensor(self.stored[name].file, name)
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """The tensor called `name` of one safetensors file."""
         with reading(path):
             if self._open is None or self._open[0] != path:
                 self.close()
