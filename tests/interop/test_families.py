@@ -21,12 +21,17 @@ from scratchlm.interop.native import save
 from scratchlm.interop.weights import places_of, stored
 from scratchlm.model import Transformer
 
-SEEDS = (0, 1, 2)
-EVERY = [pytest.param(case, seed, id=f"{case.id}-{seed}") for case in CASES for seed in SEEDS]
+SEEDS = (0, 1)
+MORE_SEEDS = (2, 3, 4)  # by `make test-slow`
+EVERY = [
+    pytest.param(case, seed, id=f"{case.id}-{seed}", marks=[pytest.mark.slow] if seed in MORE_SEEDS else [])
+    for case in CASES
+    for seed in (*SEEDS, *MORE_SEEDS)
+]
 LENGTH = 40  # longer than every window that is drawn
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=None)  # small models; the tests come back to each
 def pair(case: Case, seed: int, dtype: torch.dtype, root: Path) -> tuple[Any, Transformer, Path]:
     """Their model, and ours read from what theirs wrote."""
     theirs = build(case, seed, dtype)
@@ -144,7 +149,11 @@ def test_what_we_write_is_what_was_read_and_opens_there(case: Case, seed: int, r
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in ours.state_dict().items())
     opened = reload(tmp_path / "out", torch.float32)
     ids = ids_for(ours.config.vocab_size, 2, LENGTH, seed)
-    assert logits_of(opened, ids, torch.float32).logits.equal(logits_of(theirs, ids, torch.float32).logits)
+    # The numbers are the same; where they lie in memory, which may turn a sum round, is not.
+    worst = (
+        (logits_of(opened, ids, torch.float32).logits - logits_of(theirs, ids, torch.float32).logits).abs().max()
+    )
+    assert worst <= 1e-5
 
 
 def test_every_family_has_a_case() -> None:
