@@ -88,7 +88,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 
 OLDER: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"rope_theta": 77.0, "sliding_window": 9}),
-    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 5}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4}),
     ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}),
     ("qwen3_moe", {"mlp_only_layers": [0, 1], "rope_scaling": {**YARN, "type": "yarn"}}),
@@ -144,6 +144,10 @@ def test_what_no_field_expresses_is_refused_by_name(model_type: str, more: dict[
     assert said in str(error.value)
 
 
+def _losses(config: ModelConfig) -> tuple[float, str]:
+    return config.moe.balance_loss, config.moe.balance_over
+
+
 def test_deepseeks_latent_norms_and_scale() -> None:
     config = read(release("DeepSeek-V3"))
     assert (
@@ -151,6 +155,7 @@ def test_deepseeks_latent_norms_and_scale() -> None:
         and read(small("deepseek_v3", rms_norm_eps=1e-3)).norm_eps == 1e-3
     )
     assert config.rope.attention_factor == 1.0
+    assert _losses(config) == (0.001, "sequence") == _losses(read(small("deepseek_v3")))
     assert config.attention_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / math.sqrt(192))
     written = fit(config, family_of("deepseek_v3", "")).values["rope_scaling"]
     assert (written["mscale"], written["mscale_all_dim"]) == (1.0, 1.0)
