@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
+from scratchlm.model.position import TablePosition
 from scratchlm.model.transformer import Transformer
 
 
@@ -44,4 +45,6 @@ def install(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     if tied:
         model.head.weight = model.embedding.weight
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        model.double()
+        for module in model.modules():
+            if isinstance(module, TablePosition):
+                module.double()

@@ -18,7 +18,7 @@ from scratchlm.interop.family import Family, family_of
 from scratchlm.interop.hollow_model import hollow_model, install
 from scratchlm.interop.mxfp4 import Mxfp4Files
 from scratchlm.interop.tensor_files import DTYPES, TensorFiles, write_tensors
-from scratchlm.interop.weights import Place, places_of, stored
+from scratchlm.interop.weights import Place, Uncovered, places, places_of, stored
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
 from scratchlm.progress import progress
@@ -27,6 +27,14 @@ DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 """What a user may ask for."""
 
 SHARD_BYTES = 5_000_000_000
+
+
+def in_dtype(name: str, stored_as: torch.dtype, asked: str) -> torch.dtype:
+    """The dtype one of our tensors gets: what is asked for, or its own (``keep``); a router's correction, whose steps are finer
+    than bf16, keeps its own always."""
+    own = asked == "keep" or name.endswith("router.correction")
+    return stored_as if own else DTYPE_NAMES[asked]
+
 
 BEYOND = 8
 """How many modules of multi-token prediction a file may have, which stand there as further layers."""
@@ -90,12 +98,18 @@ def open_folder(
     files = Mxfp4Files(folder, allow_pickle) if packed == "mxfp4" else TensorFiles(folder, allow_pickle)
     names = _names(files, family)
     model = hollow_model(config)
-    wanted = places_of(model, family.weights)
+    try:
+        wanted = places(model, family.weights)
+    except Uncovered as error:
+        raise UserError(
+            f"{folder / 'config.json'} asks for a model that family {family.model_type} does not have ({error})"
+        ) from error
     if config.tied_embeddings:
         wanted = [place for place in wanted if place.theirs != family.head]
     left_out = _check(folder, family, files, names, wanted, config)
     kinds = {place.theirs: DTYPES[files.stored[names[place.theirs]].dtype] for place in wanted}
-    _allocate(model, wanted, kinds if dtype == "keep" else dict.fromkeys(kinds, DTYPE_NAMES[dtype]))
+    asked = {place.theirs: in_dtype(place.ours, kinds[place.theirs], dtype) for place in wanted}
+    _allocate(model, wanted, asked)
     own = stored(model)
     order = sorted(wanted, key=lambda place: str(files.stored[names[place.theirs]].file))
     with torch.no_grad():
@@ -114,6 +128,10 @@ def _names(files: TensorFiles, family: Family) -> dict[str, str]:
         whole = name
         if family.prefix and not name.startswith(family.prefix) and not name.startswith(family.head.split(".")[0]):
             whole = family.prefix + name
+        if whole in found:
+            raise UserError(
+                f"{files.folder} holds both {found[whole]} and {name}, which are one tensor; take the folder anew"
+            )
         found[whole] = name
     return found
 
@@ -215,7 +233,7 @@ def write_weights(
     wanted = places_of(model, family.weights)
     if model.config.tied_embeddings:
         wanted = [place for place in wanted if place.theirs != family.head]
-    kinds = {place.theirs: own[place.ours].dtype if dtype == "keep" else DTYPE_NAMES[dtype] for place in wanted}
+    kinds = {place.theirs: in_dtype(place.ours, own[place.ours].dtype, dtype) for place in wanted}
 
     def make(place: Place) -> Tensor:
         return place.take(change(place.ours, own[place.ours])).to("cpu", kinds[place.theirs]).contiguous()
@@ -238,7 +256,7 @@ def write_own_weights(
 ) -> None:
     """Write a model's weights under our own names into `folder`; arguments as :func:`write_weights`."""
     own = {name: tensor.detach() for name, tensor in stored(model).items()}
-    kinds = {name: tensor.dtype if dtype == "keep" else DTYPE_NAMES[dtype] for name, tensor in own.items()}
+    kinds = {name: in_dtype(name, tensor.dtype, dtype) for name, tensor in own.items()}
 
     def maker(name: str) -> Callable[[], Tensor]:
         return lambda: own[name].to("cpu", kinds[name]).contiguous()

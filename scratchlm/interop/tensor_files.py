@@ -75,7 +75,7 @@ class TensorFiles:
             names = listed.get("weight_map") if isinstance(listed, dict) else None
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise UserError(f"{self.folder / INDEX} has no weight_map; take the file anew")
-            outside = [name for name in names.values() if Path(name).name != name]
+            outside = [name for name in names.values() if Path(name).name != name or name in ("", ".", "..")]
             if outside:
                 raise UserError(
                     f"{self.folder / INDEX} names {outside[0][:80]!r}, which is not a file of its folder"
@@ -142,9 +142,21 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; take the whole folder") from error
+        raise UserError(f"{str(path)[-120:]} does not exist; take the whole folder") from error
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}); the file is cut off or damaged, take it anew") from error
+    except OSError as error:
+        raise UserError(f"{str(path)[-120:]} cannot be read ({error.strerror}); take the whole folder") from error
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header, in which no name stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} names {twice[:80]} twice; the file is damaged, take it anew")
+    return found
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -154,7 +166,7 @@ def _header(path: Path) -> dict[str, Stored]:
             pass  # checks that the file is whole
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            content = json.loads(file.read(size))
+            content = json.loads(file.read(size), object_pairs_hook=lambda pairs: _once(path, pairs))
     content.pop("__metadata__", None)
     return {name: Stored(path, tuple(entry["shape"]), entry["dtype"]) for name, entry in content.items()}
 

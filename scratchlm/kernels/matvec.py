@@ -9,6 +9,8 @@ Where it does not apply (more rows, other dtypes and devices, gradients wanted, 
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @functools.cache
@@ -60,30 +62,48 @@ def _most_threads() -> int:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel computes this product: one bf16 vector on the CPU, and no gradient is wanted."""
+    """Whether the kernel computes this product: one plain bf16 vector on the CPU, and nobody watches (no gradient, no autocast,
+    no compiler, tracer or counter)."""
     return (
         x.dtype == torch.bfloat16
         and weight.dtype == torch.bfloat16
-        and x.numel() == x.shape[-1] > 0
-        and x.device.type == "cpu"
+        and x.numel() == x.shape[-1] == weight.shape[-1] > 0
+        and weight.ndim == 2
+        and x.device.type == weight.device.type == "cpu"
         and weight.is_contiguous()
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (x.is_neg() or weight.is_neg())
     )
+
+
+_process = os.getpid()
+_parallel = threading.Lock()
+"""Not every threading layer of numba may be entered twice at once, and none by the child of a fork."""
 
 
 def matvec(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "... d_out"]:
     """W x for one vector; bf16 in and out, summed in fp32. See :func:`fits` for when it may be called."""
     y = np.empty(weight.shape[0], np.float32)
     one, several = _kernels()
-    threads = torch.get_num_threads()
-    kernel = one
-    if threads > 1:
-        import numba
+    arrays = weight.detach().view(torch.uint16).numpy(), x.detach().float().flatten().numpy(), y
+    threads = min(torch.get_num_threads(), _most_threads())
+    if threads > 1 and os.getpid() == _process and _parallel.acquire(blocking=False):
+        try:
+            import numba
 
-        numba.set_num_threads(min(threads, _most_threads()))
-        kernel = several
-    kernel(weight.detach().view(torch.uint16).numpy(), x.detach().float().flatten().numpy(), y)
+            numba.set_num_threads(threads)
+            several(*arrays)
+        finally:
+            _parallel.release()
+    else:
+        one(*arrays)
     return torch.from_numpy(y).to(torch.bfloat16).view(*x.shape[:-1], len(y))
 
 
@@ -93,5 +113,5 @@ def linear(
     """W x + b by the fastest kernel for the place."""
     if x.dtype == torch.bfloat16 and fits(x, weight):
         y = matvec(x, weight)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
     return F.linear(x, weight, bias)

@@ -118,13 +118,16 @@ class MultiHeadAttention(SoftmaxAttention):
         heads = split_heads(self.qkv(x), self.heads + 2 * self.kv_heads)
         if self.clip is None and self.unnormed:  # queries and keys lie side by side: one rotation turns both
             qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=-3)
-            q, k = self.position(qk, context.positions).split([self.heads, self.kv_heads], dim=-3)
+            q, k = self.position(qk, context.positions, context.memo).split([self.heads, self.kv_heads], dim=-3)
         else:
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-3)
             q, k = self.q_norm(q), self.k_norm(k)
             if self.clip is not None:
                 q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-            q, k = self.position(q, context.positions), self.position(k, context.positions)
+            q, k = (
+                self.position(q, context.positions, context.memo),
+                self.position(k, context.positions, context.memo),
+            )
         if context.cache is not None:
             cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
             k, v = cached["k"], cached["v"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -88,6 +88,7 @@ class Context:
         documents: document number of each token, (…, length), for layers that keep a state; None: one document.
         valid: False for padding among the new tokens, (batch, length); None: there is none.
         routers: every router of the pass appends its record here.
+        memo: what positions computed for one layer and others ask for again.
     """
 
     positions: Int[Tensor, "... length"] | None = None
@@ -96,3 +97,4 @@ class Context:
     documents: Int[Tensor, "... length"] | None = None
     valid: Bool[Tensor, "batch length"] | None = None
     routers: list[RouterRecord] = field(default_factory=list)
+    memo: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -95,9 +95,9 @@ class LatentAttention(SoftmaxAttention):
         plain, turned = queries.split(self.q_widths, dim=-1)
         plain = rearrange(plain, "... t (h d) -> ... h t d", h=self.heads, d=self.head_dim)
         turned = rearrange(turned, "... t (h d) -> ... h t d", h=self.heads, d=self.rope_dim)
-        turned = self.position(turned, context.positions)
+        turned = self.position(turned, context.positions, context.memo)
         latent = self.kv_norm(latent)
-        rope = self.position(rope.unsqueeze(-3), context.positions).squeeze(-3)
+        rope = self.position(rope.unsqueeze(-3), context.positions, context.memo).squeeze(-3)
         form = self.materialised
         if context.cache is not None:
             cached = context.cache.append(self.layer, {"latent": latent, "rope": rope}, self.reach)

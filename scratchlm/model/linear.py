@@ -70,6 +70,8 @@ class Linear(nn.Module):
         if self.reference:
             product = einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
             return product if bias is None else product + bias
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)  # of a model whose file mixes dtypes, such as a head in fp32
         return linear(x, self.weight, bias)
 
     def num_params(self) -> int:

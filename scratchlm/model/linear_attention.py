@@ -106,8 +106,8 @@ class LinearMixer(nn.Module):
         q = rearrange(q, "... t (h d) -> ... h t d", h=self.heads)
         k = rearrange(k, "... t (h d) -> ... h t d", h=self.kv_heads)
         v = rearrange(v, "... t (h d) -> ... h t d", h=self.kv_heads)
-        q = self.features(self.position(self.q_norm(q), context.positions))
-        k = self.features(self.position(self.k_norm(k), context.positions))
+        q = self.features(self.position(self.q_norm(q), context.positions, context.memo))
+        k = self.features(self.position(self.k_norm(k), context.positions, context.memo))
         if context.valid is not None:
             valid = context.valid[:, None, :, None]
             k, v = k * valid, v * valid

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
+
+Memo = dict[Any, tuple[Tensor, Tensor]]
+"""What one forward pass has computed already."""
 
 
 class Position(nn.Module):
@@ -48,9 +52,18 @@ class Position(nn.Module):
         return x
 
     def forward(
-        self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None
+        self,
+        x: Float[Tensor, "... heads length head_dim"],
+        positions: Int[Tensor, "... length"] | None,
+        memo: Memo | None = None,
     ) -> Float[Tensor, "... heads length head_dim"]:
-        """Put the position into queries or keys; `positions` None means 0 … length − 1."""
+        """Put the position into queries or keys.
+
+        Args:
+            x: queries or keys.
+            positions: position of each token; None: 0 … length − 1.
+            memo: of one forward pass: what all its layers ask for is computed once.
+        """
         return x
 
     def num_params(self) -> int:

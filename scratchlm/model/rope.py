@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
-from scratchlm.model.position import TablePosition
+from scratchlm.model.position import Memo, TablePosition
 
 
 def half_split_pairs(
@@ -74,27 +72,27 @@ class RoPE(TablePosition):
         cos, sin = self.table[:, :length] if positions is None else self.table[:, positions]
         return cos, sin
 
-    def _angles_for(self, x: Tensor, positions: Int[Tensor, "... length"] | None) -> tuple[Tensor, Tensor]:
-        """cos and sin in x's dtype, lined up with its heads. All layers of a pass ask for the same: the last answer is kept."""
-        asked: tuple[object, ...] = ()
-        outside = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        if positions is not None and not outside and not positions.is_inference():
-            asked = (positions, self.table, x.dtype, positions._version)  # the version tells of changes in place
-        last, answer = self.__dict__.get("_last", ((), None))
-        if asked and last and asked[3] == last[3] and all(map(operator.is_, asked[:3], last[:3])):
-            kept: tuple[Tensor, Tensor] = answer
-            return kept
+    def _angles_for(
+        self, x: Tensor, positions: Int[Tensor, "... length"] | None, memo: Memo | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin in x's dtype, lined up with its heads; in one pass all layers ask for the same."""
+        key = (self, x.dtype, x.shape[-2], positions)  # tensors are told apart by identity
+        if memo is not None and key in memo:
+            return memo[key]
         cos, sin = (part.to(x.dtype) for part in self.angles(x.shape[-2], positions))
         if cos.ndim > 2:  # positions differ between rows: line up with the heads
             cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        if asked:
-            self.__dict__["_last"] = (asked, (cos, sin))
+        if memo is not None and not torch.compiler.is_compiling():
+            memo[key] = cos, sin
         return cos, sin
 
     def forward(
-        self, x: Float[Tensor, "... heads length head_dim"], positions: Int[Tensor, "... length"] | None
+        self,
+        x: Float[Tensor, "... heads length head_dim"],
+        positions: Int[Tensor, "... length"] | None,
+        memo: Memo | None = None,
     ) -> Float[Tensor, "... heads length head_dim"]:
-        cos, sin = self._angles_for(x, positions)
+        cos, sin = self._angles_for(x, positions, memo)
         if self.width == x.shape[-1]:
             return self.pairs(x, cos, sin)
         turned = self.pairs(x[..., : self.width], cos, sin)

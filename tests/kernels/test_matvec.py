@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.kernels import matvec as module
 from scratchlm.kernels.matvec import fits, linear, matvec
@@ -70,5 +74,38 @@ def test_where_it_does_not_apply() -> None:
         assert not fits(torch.randn(2, 8).bfloat16(), weight)
         assert not fits(torch.zeros(1, 0).bfloat16(), torch.zeros(4, 0).bfloat16())
         assert not fits(torch.randn(1, 4).bfloat16(), weight.T)
+        assert not fits(torch.randn(1, 6).bfloat16(), weight) and not fits(torch.randn(1, 9).bfloat16(), weight)
+        assert not fits(x, weight[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not fits(x, weight)
+        with FlopCounterMode(display=False) as counter:
+            assert linear(x, weight).shape == (1, 4)
+        assert counter.get_total_flops() == 2 * 8 * 4
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(torch.randn(1, 6).bfloat16(), weight)
+        assert linear(x, weight, torch.ones(4)).dtype == torch.bfloat16
+        rows = torch.vmap(lambda row: linear(row, weight))(torch.randn(3, 8).bfloat16())
+        assert rows.shape == (3, 4)
         assert linear(x.float(), weight.float()).equal(F.linear(x.float(), weight.float()))
     assert not fits(x, weight)
+
+
+def test_a_forked_child_and_several_threads_at_once() -> None:
+    """Numba's OpenMP kills a child that enters it after a fork; other layers abort when two threads are inside."""
+    weight, x = torch.randn(64, 48).bfloat16(), torch.randn(48).bfloat16()
+    wanted = matvec(x, weight)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if matvec(x, weight).equal(wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with ThreadPoolExecutor(4) as pool:
+        assert all(y.equal(wanted) for y in pool.map(lambda _: matvec(x, weight), range(200)))
+
+
+def test_a_layer_takes_what_its_weights_are() -> None:
+    layer = Linear(16, 24).bfloat16()
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 16)
+    assert layer(x).dtype == torch.bfloat16 and layer.float()(x.bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16

@@ -370,23 +370,31 @@ def test_every_position_has_every_hook() -> None:
         assert bool(Positions(config).at_embedding()) == (name in ("sinusoidal", "learned"))
 
 
-def test_the_kept_angles_are_those_of_the_positions_asked_for() -> None:
-    """Positions changed in place, another dtype, a rebuilt table: each is computed anew, and training goes on after inference."""
-    config = ModelConfig(vocab_size=10, d_model=16, heads=2, layers=1, context_length=32)
-    rope = RoPE(config, 0, 8)
-    x = torch.randn(2, 3, 5, 8, requires_grad=True)
-    positions = torch.arange(5).expand(2, 5).clone()
-
-    def fresh(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return RoPE(config, 0, 8).to(x.dtype)(x, positions.clone())
-
-    first = rope(x, positions)
-    assert first.equal(rope(x, positions)) and first.equal(fresh(x, positions))
-    positions += 3
-    assert rope(x, positions).equal(fresh(x, positions)) and not rope(x, positions).equal(first)
-    assert rope(x.bfloat16(), positions).equal(fresh(x.bfloat16(), positions))
+def test_angles_are_shared_within_a_pass_and_never_between_passes() -> None:
+    config = ModelConfig(vocab_size=10, d_model=16, heads=2, layers=3, context_length=32)
+    model = Transformer(config, seed=0)
+    asked: list[int] = []
+    rope = model.blocks[0].attention.position
+    angles = rope.angles
+    rope.angles = lambda length, positions: asked.append(length) or angles(length, positions)
+    ids, positions = torch.randint(0, 10, (2, 5)), torch.arange(5)
+    first = model(ids, positions)
+    assert asked == [5]  # three layers, queries and keys
+    positions += 3  # in place
+    moved = model(ids, positions + torch.tensor([0, 0, 0, 0, 9]))
+    assert asked == [5, 5] and not moved.equal(first)
+    assert model(ids, positions - 3).equal(first)
+    assert model.double()(ids, positions - 3).dtype == torch.float64
     with torch.inference_mode():
-        rope(x, positions)
-    rope(x, positions).sum().backward()
-    rope.double()
-    assert (rope(x.double(), positions) - fresh(x.double(), positions)).abs().max() < 1e-12
+        model(ids, positions)
+    model(ids, positions).sum().backward()
+
+
+def test_a_memo_gives_what_was_computed() -> None:
+    config = ModelConfig(vocab_size=10, d_model=16, heads=2, layers=1, context_length=32)
+    rope, memo = RoPE(config, 0, 8), {}
+    x, positions = torch.randn(2, 3, 5, 8), torch.arange(5).expand(2, 5)
+    assert rope(x, positions, memo).equal(rope(x, positions)) and rope(x, positions, memo).equal(rope(x, positions))
+    assert rope(x.bfloat16(), positions, memo).equal(rope(x.bfloat16(), positions))
+    assert rope(x, positions + 1, memo).equal(rope(x, positions + 1))
+    assert len(memo) == 3
