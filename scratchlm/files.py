@@ -13,6 +13,8 @@ import hashlib
 import itertools
 import json
 import os
+import platform
+import re
 import shutil
 import sys
 import threading
@@ -41,9 +43,63 @@ def _sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def _host() -> str:
+    """This machine in a few letters: where folders are shared, its process ids say nothing of the others' processes."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
 def _beside(target: Path, suffix: str) -> Path:
     """A hidden name in the same folder (so in the same file system), of this thread alone."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.{suffix}")
+    target = target.absolute()  # "." has no name
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{threading.get_ident()}.{suffix}")
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere there is no harmless signal to ask with
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete the half-written folders that killed processes of this machine left beside `target`."""
+    name = re.compile(re.escape(f".{target.name}.{_host()}-") + r"(\d+)-\d+\.tmp")
+    for path in list(target.parent.iterdir()):
+        if (found := name.fullmatch(path.name)) and not _is_running(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading ``~`` or ``~user`` as that user's folder; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def new_folder(target: str | os.PathLike[str]) -> Path:
+    """The folder a user names to write to, which must be new or empty; ``~`` is expanded.
+
+    Raises:
+        UserError: it holds something, is a file, or is the one the process is in (which a rename would pull from under it).
+    """
+    target = expanded(target)
+    with disk_errors(target):
+        if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} exists and is not an empty folder; choose another one")
+        _refuse_current(target)
+    return target
+
+
+def _refuse_current(target: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if target.samefile("."):
+            raise UserError(f"cannot write into the folder you are in ({target}); name another")
 
 
 @contextlib.contextmanager
@@ -64,6 +120,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             errno.EISDIR,
             errno.EEXIST,
             errno.ENOTEMPTY,
+            errno.EBUSY,  # a rename to "."
         ):
             raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
         raise
@@ -173,14 +230,16 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success (all its files synced) it becomes `target`.
 
     An existing `target` is replaced only when the new one is complete. When several processes make the same folder at
-    once, each succeeds and the last one's stays.
+    once, each succeeds and the last one's stays. What a killed process left of the same folder is removed.
 
     Raises:
-        UserError: the disk is full or the place cannot be written; `target` is then as it was.
+        UserError: the disk is full, the place cannot be written or is the current folder; `target` is then as it was.
     """
-    target = Path(target)
+    target = Path(target).resolve()  # where a link leads to, so that the link stays
     with disk_errors(target):
+        _refuse_current(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         temporary, old = _beside(target, "tmp"), _beside(target, "old")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -229,7 +288,7 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
         raise UserError(f"{what} {path} is a folder, not a file") from error
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise UserError(
             f"{what} {path} is not valid JSON ({error}); it may be cut off or of another kind"
         ) from error

@@ -416,7 +416,7 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
         read_json(tmp_path / "absent.json", "metrics")
     with pytest.raises(UserError, match="is a folder"):
         read_json(tmp_path)
-    for content in (b'{"a": ', b"", b'{"a": "\xff"}'):
+    for content in (b'{"a": ', b"", b'{"a": "\xff"}', b"[" * 100_000, b"9" * 5000):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(UserError, match="not valid JSON"):
             read_json(tmp_path / "bad.json")

@@ -12,6 +12,7 @@ from pydantic import Field
 from scratchlm.arguments import parse
 from scratchlm.commands.shared import say
 from scratchlm.errors import UserError
+from scratchlm.files import expanded, new_folder
 from scratchlm.section import Section
 
 DtypeName = Annotated[
@@ -54,27 +55,31 @@ class ExportArguments(Section):
 def import_model(arguments: list[str]) -> None:
     """``scratchlm import DIR_OR_HUB_ID OUT``"""
     usage = "scratchlm import DIR_OR_HUB_ID OUT"
-    if (
-        not set(arguments) & {"-h", "--help"}
-        and sum(not argument.startswith("-") for argument in arguments[:2]) < 2
-    ):
-        raise UserError(f"which model, and where to? usage: {usage} [--option value …]")
+    _check_folders(arguments, f"{usage} [--option value …]")
     options = parse(ImportArguments, arguments, prog=usage)
-    _refuse_content(options.out)
+    out = new_folder(options.out)
     source = _source(options)
     from scratchlm.interop.folders import import_folder
 
-    opened = import_folder(
-        source, options.out, dtype=options.dtype, allow_pickle=options.allow_pickle, show_progress=True
-    )
+    opened = import_folder(source, out, dtype=options.dtype, allow_pickle=options.allow_pickle, show_progress=True)
     model = opened.model
     say(f"{opened.family.title}: {model.num_params():,} parameters, {_dtypes(model)}")
     if opened.left_out:
         some = ", ".join(opened.left_out[:3]) + (" …" if len(opened.left_out) > 3 else "")
         say(f"left out: {len(opened.left_out)} tensors that the model does not compute with ({some})")
-    say(
-        f"{options.out}: `scratchlm generate` and `evaluate` take it; {options.out / 'recipe.toml'} trains it further"
-    )
+    if (out / "tokenizer.json").exists():
+        say(f"{out}: `scratchlm generate` and `evaluate` take it; {out / 'recipe.toml'} trains it further")
+    else:
+        say(
+            f"{out}: a model without a tokenizer that can be read here, so `scratchlm generate` and `evaluate` refuse it"
+        )
+
+
+def _check_folders(arguments: list[str], usage: str) -> None:
+    if set(arguments) & {"-h", "--help"}:
+        return
+    if sum(not argument.startswith("-") for argument in arguments[:2]) < 2:
+        raise UserError(f"which model, and where to? the two folders come first, then the options: {usage}")
 
 
 def _dtypes(model: object) -> str:
@@ -85,18 +90,14 @@ def _dtypes(model: object) -> str:
 def export_model(arguments: list[str]) -> None:
     """``scratchlm export RUN OUT --family auto``"""
     usage = "scratchlm export RUN OUT"
-    if (
-        not set(arguments) & {"-h", "--help"}
-        and sum(not argument.startswith("-") for argument in arguments[:2]) < 2
-    ):
-        raise UserError(f"which model, and where to? usage: {usage} [--family auto] [--option value …]")
+    _check_folders(arguments, f"{usage} [--family auto] [--option value …]")
     options = parse(ExportArguments, arguments, prog=usage)
-    _refuse_content(options.out)
+    out = new_folder(options.out)
     from scratchlm.interop.folders import export_folder
 
     written = export_folder(
-        options.source,
-        options.out,
+        expanded(options.source),
+        out,
         family=options.family,
         dtype=options.dtype,
         shard_bytes=max(1, int(options.shard_gb * 1e9)),
@@ -106,17 +107,12 @@ def export_model(arguments: list[str]) -> None:
         "scratchlm": "our own format",
         "standalone": "code of its own: from_pretrained(…, trust_remote_code=True) opens it",
     }.get(written, f"family {written}: transformers' from_pretrained opens it")
-    say(f"{options.out}: {how}")
-
-
-def _refuse_content(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another one")
+    say(f"{out}: {how}")
 
 
 def _source(options: ImportArguments) -> Path:
     """The folder to read, fetched if that was asked for."""
-    path = Path(options.source).expanduser()
+    path = expanded(options.source)
     if not options.download:
         if options.revision is not None:
             raise UserError("--revision belongs to --download True; a folder has no revisions")

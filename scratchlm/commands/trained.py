@@ -12,6 +12,7 @@ from scratchlm.commands.recipes import print_table
 from scratchlm.commands.shared import corpus_of_files, say, write
 from scratchlm.config import DEVICE, EvaluateConfig, GenerateConfig, Recipe, load_recipe, plain
 from scratchlm.errors import UserError
+from scratchlm.files import expanded
 from scratchlm.section import AnySection, Section, validate
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _run_and_files(arguments: list[str], usage: str) -> tuple[Path, list[str], l
     if first_option == 0:
         raise UserError(f"name the run's folder first: {usage}")
     positional, rest = arguments[:first_option], arguments[first_option:]
-    return Path(positional[0]), positional[1:], rest
+    return expanded(positional[0]), positional[1:], rest
 
 
 def _defaults(kind: type[AnySection], recipe: Recipe | None, section: str) -> AnySection:

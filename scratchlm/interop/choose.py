@@ -62,12 +62,13 @@ def _fit(config: ModelConfig, family: Family) -> Fit:
     return Fit(family, unlike, values, said)
 
 
-def choose(config: ModelConfig, name: str = "auto") -> Fit:
+def choose(config: ModelConfig, name: str = "auto", origin: Family | None = None) -> Fit:
     """The family to write.
 
     Args:
         config: of the model.
         name: a ``model_type``; ``auto``: the first that computes exactly the same.
+        origin: for ``auto`` the family an imported model came from, asked first.
 
     Raises:
         UserError: no family does (the field that none has is named, or how near the nearest comes), the named one does not
@@ -83,11 +84,13 @@ def choose(config: ModelConfig, name: str = "auto") -> Fit:
                 "--family standalone writes a folder with its own code"
             )
         return found
-    order = [*(name for name in FIRST if name in families()), *(name for name in families() if name not in FIRST)]
-    fits = [fit(config, families()[name]) for name in order]
-    for candidate in fits:
-        if not candidate.unsaid:
-            return candidate
+    asked = [] if origin is None else [origin.model_type]
+    order = dict.fromkeys([*asked, *(name for name in FIRST if name in families()), *families()])
+    fits = []
+    for name in order:
+        fits.append(fit(config, families()[name]))
+        if not fits[-1].unsaid:
+            return fits[-1]
     nowhere = set.intersection(*(set(candidate.unsaid) for candidate in fits))
     if nowhere:
         shown = ", ".join(f"{name} = {_value(config, name)}" for name in sorted(nowhere))

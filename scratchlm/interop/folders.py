@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from scratchlm.errors import UserError
-from scratchlm.files import atomic_directory, read_json, write_text
+from scratchlm.files import atomic_directory, expanded, new_folder, read_json, write_text
 from scratchlm.interop.canonical import differences
-from scratchlm.interop.huggingface import Opened, is_folder, open_folder
-from scratchlm.interop.native import best_checkpoint, load, save
+from scratchlm.interop.huggingface import Opened, is_folder
+from scratchlm.interop.native import best_checkpoint, check_dtype, load, open_any, save
 from scratchlm.interop.tokenizer_files import KEPT_IN, carry, read_tokenizer
 from scratchlm.interop.weights import stored
 from scratchlm.model import presets
 from scratchlm.model.transformer import Transformer
 from scratchlm.tokenizer import Tokenizer
-from scratchlm.train.checkpoint import save_weights
+from scratchlm.train.checkpoint import Checkpoint, save_weights
 
 
 def import_folder(
@@ -36,25 +37,30 @@ def import_folder(
     Raises:
         UserError: see :func:`~scratchlm.interop.huggingface.open_folder`; `source` is one of ours; `out` holds something.
     """
+    source, out = expanded(source), new_folder(out)
+    check_dtype(dtype)
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json, which says what model it is; take the whole folder")
-    if not is_folder(source):
+    values = read_json(source / "config.json", "model config")
+    if not isinstance(values, dict) or values.get("model_type") is None:
+        ours = isinstance(values, dict) and "d_model" in values
         raise UserError(
             f"{source / 'config.json'} names no model_type: it is no model of the Hub"
-            + (
-                "; it is one of ours, which needs no import"
-                if "d_model" in read_json(source / "config.json")
-                else ""
-            )
+            + ("; it is one of ours, which needs no import" if ours else "; take the whole folder")
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another one")
-    opened = open_folder(source, dtype=dtype, allow_pickle=allow_pickle, show_progress=show_progress)
+    opened = open_any(source, dtype=dtype, allow_pickle=allow_pickle, show_progress=show_progress)
     tokenizer = read_tokenizer(source)
+    if tokenizer is not None and tokenizer.vocab_size > opened.model.config.vocab_size:
+        warnings.warn(
+            f"{source}: its tokenizer has {tokenizer.vocab_size:,} tokens, its model {opened.model.config.vocab_size:,}; the "
+            f"model is imported without a tokenizer, whose files are kept in {out / KEPT_IN}",
+            stacklevel=2,
+        )
+        tokenizer = None
     with atomic_directory(out) as temporary:
         save_weights(opened.model, temporary, tokenizer)
         carry(source, temporary / KEPT_IN)
-        write_text(temporary / "recipe.toml", _recipe(opened.model, temporary, out, tokenizer))
+        write_text(temporary / "recipe.toml", _recipe(opened.model, source, out, tokenizer))
     return opened
 
 
@@ -63,7 +69,7 @@ def _recipe(model: Transformer, folder: Path, out: Path, tokenizer: Tokenizer | 
 
     Args:
         model: the imported model.
-        folder: where its files are now.
+        folder: the one it was read from.
         out: where they will be.
         tokenizer: the one that came with it.
     """
@@ -77,8 +83,9 @@ def _recipe(model: Transformer, folder: Path, out: Path, tokenizer: Tokenizer | 
             "generate": {"stop": ends},
         }
     head = (
-        "# Trains this model further: `scratchlm run recipe.toml --corpus.kind text --corpus.paths FILE …`. The embedded corpus is\n"
-        "# used where none is named. A shorter model.context_length costs less memory and time.\n\n"
+        "# Trains this model further: `scratchlm run recipe.toml --corpus.kind text --corpus.paths 'notes/*.txt'`. Name several\n"
+        "# files: some are held out for validation. The embedded corpus is used where none is named. A shorter\n"
+        "# model.context_length costs less memory and time.\n\n"
     )
     return head + tomli_w.dumps(values) + "\n" + presets.to_toml(model.config)
 
@@ -103,6 +110,7 @@ def export_folder(
     Raises:
         UserError: see :func:`~scratchlm.interop.native.load` and :func:`~scratchlm.interop.native.save`.
     """
+    source = expanded(source)
     model, tokenizer = load(source)
     origin = source if is_folder(source) else best_checkpoint(source).path / KEPT_IN
     return save(
@@ -119,31 +127,45 @@ def export_folder(
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """The special tokens that end a text, as the folder of an imported model says; empty where it says none."""
+    """The special tokens that end a text, as the folder of an imported or exported model says; empty where it says none.
+
+    A file that cannot be read says nothing, with a warning.
+    """
     names = {index: name for name, index in tokenizer.special_tokens.items()}
-    for path in (
-        folder / KEPT_IN / "generation_config.json",
-        folder / KEPT_IN / "config.json",
-        folder / "config.json",
-    ):
-        values = read_json(path, "model config") if path.is_file() else {}
-        said = values.get("eos_token_id") if isinstance(values, dict) else None
-        ids = said if isinstance(said, list) else [said]
-        if found := [names[index] for index in ids if index in names]:
-            return found
-    return []
+    for place in (folder / KEPT_IN, folder):
+        for path in (place / "generation_config.json", place / "config.json"):
+            try:
+                values = read_json(path) if path.is_file() else {}
+            except UserError as error:
+                warnings.warn(f"{error}: it is ignored", stacklevel=2)
+                continue
+            said = values.get("eos_token_id") if isinstance(values, dict) else None
+            ids = said if isinstance(said, list) else [said]
+            if found := [names[index] for index in ids if type(index) is int and index in names]:
+                return found
+    separator = _separator_saved(folder)
+    return [separator] if separator in tokenizer.special_tokens else []
+
+
+def _separator_saved(folder: Path) -> str | None:
+    """The separator that one of our own exports names."""
+    own = (folder / "model.safetensors").is_file() and not is_folder(folder)
+    return Checkpoint(folder, 0).separator() if own else None
 
 
 def separator_of(folder: Path, tokenizer: Tokenizer | None) -> int | None:
-    """The id between documents of a run (its recipe says it) or of an imported model; None: unknown."""
+    """The id between documents of a run (its recipe says it) or of an imported or exported model; None: unknown."""
     if tokenizer is None or not tokenizer.special_tokens:
         return None
-    for place in (folder, *folder.parents[:2]):
+    folder = expanded(folder)
+    for place in (folder, *folder.resolve().parents[:2]):
         if (place / "recipe.toml").exists() and (place / "checkpoints").is_dir():
             from scratchlm.config import load_recipe
             from scratchlm.pipeline import separator_id
 
             return separator_id(tokenizer, load_recipe(place / "recipe.toml"))
+    if (separator := _separator_saved(folder)) in tokenizer.special_tokens:
+        return tokenizer.special_tokens[str(separator)]
     ends = end_tokens(folder, tokenizer)
     return tokenizer.special_tokens[ends[0]] if ends else None
 

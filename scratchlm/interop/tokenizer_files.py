@@ -24,6 +24,9 @@ CARRIED = (
 )
 """What an imported model keeps of its folder as it was, so that an export gives it back."""
 
+READ_AS_TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+"""Of these, the ones that are a tokenizer by themselves."""
+
 KEPT_IN = "huggingface"
 """The folder in ours where these files lie."""
 
@@ -68,6 +71,12 @@ def write_tokenizer(
     if end is not None:
         said |= {"bos_token": end, "eos_token": end}
     write_json(folder / "tokenizer_config.json", said)
+
+
+def said_ids(original: dict[str, Any] | None) -> dict[str, Any]:
+    """The special ids an imported model's config.json names."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: original[name] for name in names if name in original} if original else {}
 
 
 def token_ids(tokenizer: Tokenizer | None, separator_id: int | None = None) -> dict[str, int | None]:

@@ -104,19 +104,31 @@ class Checkpoint:
 
     def tokenizer_hash(self) -> str | None:
         """`content_hash` of the tokenizer the weights were trained with, if they name one."""
+        return self._said("tokenizer")
+
+    def separator(self) -> str | None:
+        """The special token between documents, if the weights name one (an export's do; a run's recipe says it)."""
+        return self._said("separator")
+
+    def _said(self, key: str) -> str | None:
         with _reading(self.path / "model.safetensors"), safe_open(self.path / "model.safetensors", "pt") as file:
-            found: str | None = (file.metadata() or {}).get("tokenizer")
+            found: str | None = (file.metadata() or {}).get(key)
             return found
+
+    def _values(self) -> dict[str, Any]:
+        values = read_json(self.path / "config.json", "model config")
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path / 'config.json'} is no JSON object; use another checkpoint")
+        return values
 
     def config(self) -> ModelConfig:
         """The architecture of the saved weights."""
-        values = _renamed(read_json(self.path / "config.json", "model config"))
-        return validate(ModelConfig, values, str(self.path / "config.json"))
+        return validate(ModelConfig, _renamed(self._values()), str(self.path / "config.json"))
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter name → tensor."""
         loaded = _load(self.path / "model.safetensors")
-        if read_json(self.path / "config.json", "model config").get("qk_norm") != "rmsnorm":
+        if self._values().get("qk_norm") != "rmsnorm":
             return loaded
         return {
             re.sub(r"\.([qk]_norm)\.weight$", r".\1.norm.weight", name): value for name, value in loaded.items()
@@ -191,11 +203,13 @@ def save_checkpoint(
     return Checkpoint(target, step)
 
 
-def save_weights(model: Transformer, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+def save_weights(
+    model: Transformer, folder: Path, tokenizer: Tokenizer | None = None, separator: str | None = None
+) -> None:
     """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``README.md`` into `folder`.
 
     A tied head is stored once, as the embedding. The weights' metadata names the tokenizer by its hash, so that another
-    one beside them is noticed.
+    one beside them is noticed, and the special token between documents where it is given.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied_embeddings:
@@ -204,6 +218,8 @@ def save_weights(model: Transformer, folder: Path, tokenizer: Tokenizer | None =
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.content_hash
         tokenizer.save(folder / "tokenizer.json")
+    if separator is not None:
+        metadata["separator"] = separator
     _save(weights, folder / "model.safetensors", metadata)
     write_json(folder / "config.json", model.config.model_dump(mode="json"))
     write_text(folder / "README.md", card(model, tokenizer))
