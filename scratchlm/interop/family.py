@@ -64,15 +64,28 @@ class Family:
         Raises:
             UserError: a key or value that no field of ours expresses; it is named.
         """
+        try:
+            return self._read(values, where)
+        except _SENSELESS as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            raise UserError(
+                f"{where}: config.json of family {self.model_type} has a value that makes no sense ({said})"
+            ) from error
+
+    def _read(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         self.quantisation(values, where)
         reading = Reading(values, where, self.model_type)
+        reading.layers()
         fields: Values = {}
         for rule in self.rules:
             fields |= rule.read(reading)
         if unknown := reading.unknown():
             several = len(unknown) > 1
+            named = ", ".join(" ".join(key[:40].split()) for key in unknown[:_NAMED])
+            if len(unknown) > _NAMED:
+                named += f" and {len(unknown) - _NAMED} more"
             raise UserError(
-                f"{where}: option{'s' if several else ''} {', '.join(unknown)} of family {self.model_type} "
+                f"{where}: option{'s' if several else ''} {named} of family {self.model_type} "
                 f"{'are' if several else 'is'} not known here; nothing is ignored silently, so the model is not read"
             )
         return validate(ModelConfig, nested(fields), where)
@@ -87,10 +100,11 @@ class Family:
         if not said:
             return None
         method = said.get("quant_method", "?") if isinstance(said, dict) else said
-        if method in self.quantised:
-            return str(method)
+        if isinstance(method, str) and method in self.quantised:
+            return method
+        named = " ".join(method[:40].split()) if isinstance(method, str) else "?"
         raise UserError(
-            f"{where}: the weights are quantised (quantization_config: {str(method)[:40]}), which is not supported; take a copy "
+            f"{where}: the weights are quantised (quantization_config: {named}), which is not supported; take a copy "
             "of the model in bf16, fp16 or fp32"
         )
 
@@ -112,6 +126,12 @@ class Family:
             rule.read(reading)
         return {key: value for key, value in values.items() if key not in reading.asked and key not in _OURS_TO_SAY}
 
+
+_SENSELESS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError)
+"""What a rule that meets a value of another type or size than it looks for may end in."""
+
+_NAMED = 8
+"""So many unknown options are named."""
 
 _OURS_TO_SAY = (
     "quantization_config",
@@ -152,8 +172,12 @@ def family_of(model_type: Any, where: str) -> Family:
     """The family called `model_type`.
 
     Raises:
-        UserError: it is unknown; all known ones are listed.
+        UserError: there is none, or it is unknown; all known ones are listed.
     """
+    if model_type is None:
+        raise UserError(
+            f"{where} names no model_type, so its family cannot be told; known are {', '.join(families())}"
+        )
     for family in families().values():
         if model_type == family.model_type or model_type in family.alias:
             return family

@@ -25,7 +25,9 @@ _KEYS = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-_ALWAYS = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
+_NAMES = ("type", "rope_type")
+_ALWAYS = (*_NAMES, "rope_theta", "partial_rotary_factor")
+_KNOWN = {*_ALWAYS, *(name for names in _KEYS.values() for name in names)}
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -38,16 +40,14 @@ def read_scaling(config: Reading, given: Values, context: int, key: str = "rope_
 
     Args:
         config: for messages.
-        given: the dictionary.
+        given: the dictionary, as :func:`settings_of` checked it.
         context: the model's longest sequence.
         key: its name in the file.
 
     Raises:
-        UserError: a kind of scaling, or an option of it, that no field expresses.
+        UserError: an option that this kind of scaling does not read.
     """
     kind = given.get("rope_type", given.get("type", "default")) or "default"
-    if kind not in _KEYS:
-        raise config.wrong(f"{key}.rope_type", kind, f"known are {', '.join(_KEYS)}")
     spare = sorted(
         name for name, value in given.items() if value is not None and name not in (*_KEYS[kind], *_ALWAYS)
     )
@@ -64,6 +64,8 @@ def read_scaling(config: Reading, given: Values, context: int, key: str = "rope_
     if factor is None:
         if original is None:
             raise UserError(f"{config.where}: {key} has no factor, which rope_type {kind} needs")
+        if original <= 0:
+            raise config.wrong(f"{key}.original_max_position_embeddings", original, "it must be positive")
         factor = context / original
     fields["rope.factor"] = factor
     if kind == "linear":
@@ -77,7 +79,7 @@ def read_scaling(config: Reading, given: Values, context: int, key: str = "rope_
     fields |= {
         "rope.beta_fast": given.get("beta_fast") or 32.0,
         "rope.beta_slow": given.get("beta_slow") or 1.0,
-        "rope.truncate": bool(given.get("truncate", True)),
+        "rope.truncate": given.get("truncate", True),
     }
     stretched = given.get("attention_factor")
     if stretched is None:
@@ -115,13 +117,47 @@ def write_scaling(model: ModelConfig, kind: str) -> Values | None:
     return given
 
 
+def settings_of(config: Reading, key: str, given: Any) -> Values:
+    """One dictionary of RoPE settings without its nulls, every value of its type; absent: empty.
+
+    Args:
+        config: for messages.
+        key: its name in the file, for messages.
+        given: what stands there.
+
+    Raises:
+        UserError: it is none, or of a kind that no field expresses, or has an option that no kind has, or a value of
+            another type.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise config.wrong(key, given, "an object is needed")
+    kind = given.get("rope_type", given.get("type")) or "default"
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise config.wrong(f"{key}.rope_type", kind, f"known are {', '.join(_KEYS)}")
+    checked: Values = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in _KNOWN:
+            raise config.wrong(f"{key}.{name[:60]}", value, "the option is not known here")
+        if name in _NAMES and not isinstance(value, str):
+            raise config.wrong(f"{key}.{name}", value, "a name is needed")
+        if name == "truncate":
+            value = config.as_flag(f"{key}.{name}", value)
+        elif name not in _NAMES:
+            config.as_number(f"{key}.{name}", value)
+        checked[name] = value
+    return checked
+
+
 def one_rope(config: Reading) -> Values:
-    """The settings of a file in which all layers have the same, from whichever keys it uses."""
-    new, old = config.get("rope_parameters", default=None), config.get("rope_scaling", default=None)
-    for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, dict):
-            raise config.wrong(key, value, "an object is needed")
-    return dict(new or old or {})
+    """The settings of a file in which all layers have the same: ``rope_scaling`` where there are both, as transformers 5 has it."""
+    new, old = (
+        settings_of(config, key, config.get(key, default=None)) for key in ("rope_parameters", "rope_scaling")
+    )
+    return old or new
 
 
 @dataclass(frozen=True)
@@ -159,16 +195,16 @@ class Rope:
 
     def read(self, config: Reading) -> Values:
         given = one_rope(config)
-        own_theta = config.get(self.theta_key, "rope_theta", default=self.theta)
+        own_theta = config.number(self.theta_key, "rope_theta", default=self.theta)
         theta = given.get("rope_theta")
-        fields = {
+        fields: Values = {
             "position": ("rope",),
             "rope.theta": (float(own_theta if theta is None else theta),),
             "rope.pairs": self.pairs,
         }
         share = given.get("partial_rotary_factor")
         if self.fraction:
-            own = config.get(self.fraction, default=self.fraction_default)
+            own = config.number(self.fraction, default=self.fraction_default)
             fields["rope.fraction"] = own if share is None else share
         elif share not in (None, 1, 1.0):
             raise config.wrong("rope_parameters.partial_rotary_factor", share, "the whole head is rotated")
@@ -209,7 +245,7 @@ def read_layer_types(config: Reading, default: Sequence[str], layers: int) -> li
     if not isinstance(types, list) or len(types) != layers:
         raise config.wrong("layer_types", types, f"a list of {layers} is needed, one per layer")
     for kind in types:
-        if kind not in LAYER_TYPES:
+        if not isinstance(kind, str) or kind not in LAYER_TYPES:
             raise config.wrong("layer_types", kind, f"known are {', '.join(LAYER_TYPES)}")
     return types
 
@@ -217,6 +253,12 @@ def read_layer_types(config: Reading, default: Sequence[str], layers: int) -> li
 def unless_null(key: str, absent: Any, null: Any = None) -> Callable[[Reading], Any]:
     """A default for a key whose null means something else than its absence."""
     return lambda config: null if key in config.values else absent
+
+
+def read_window(config: Reading, absent: int | None, key: str = "sliding_window") -> int | None:
+    """The window of a file; `absent` where the key is not there, None where it is null."""
+    window = config.get(key, default=unless_null(key, absent))
+    return None if window is None else config.as_whole(key, window)
 
 
 def masks_of(config: Reading, types: Sequence[str], window: int | None) -> Values:
@@ -261,8 +303,7 @@ class Window:
         return {"mask": "causal, sliding_window (in all layers)"}
 
     def read(self, config: Reading) -> Values:
-        absent = self.default if self.theirs not in config.values else None
-        window = config.get(self.theirs, default=absent)
+        window = read_window(config, self.default, self.theirs)
         return {} if window is None else {"mask": ("sliding_window",), "window": window}
 
     def write(self, model: ModelConfig) -> Values:
@@ -297,16 +338,14 @@ class LayerTypes:
 
     def read(self, config: Reading) -> Values:
         layers = config.whole("num_hidden_layers")
-        pattern: tuple[str, ...] = self.pattern
+        absent = [self.pattern[layer % len(self.pattern)] for layer in range(layers)]
         if self.pattern_key:
-            length = config.get(self.pattern_key, f"_{self.pattern_key}", default=self.pattern_default)
-            if length:
-                pattern = ("sliding_attention",) * (length - 1) + ("full_attention",)
-        absent = [pattern[layer % len(pattern)] for layer in range(layers)]
+            length = config.whole(self.pattern_key, f"_{self.pattern_key}", default=self.pattern_default)
+            if length < 1:
+                raise config.wrong(self.pattern_key, length, "a number from 1 on is needed")
+            absent = ["sliding_attention" if (layer + 1) % length else "full_attention" for layer in range(layers)]
         types = read_layer_types(config, absent, layers)
-        return masks_of(
-            config, types, config.get("sliding_window", default=unless_null("sliding_window", self.window))
-        )
+        return masks_of(config, types, read_window(config, self.window))
 
     def write(self, model: ModelConfig) -> Values:
         types = write_layer_types(model)
@@ -347,10 +386,10 @@ class RopeByKind:
         pattern: tuple[str, ...] = self.layers.read(config)["mask"]
         masks = [pattern[layer % len(pattern)] for layer in range(max(1, config.whole("num_hidden_layers")))]
         full, sliding = self._settings(config)
-        theta = config.get("rope_theta", default=self.theta)
+        theta = config.number("rope_theta", default=self.theta)
         local = theta if self.local_theta is None else self.local_theta
         if self.local_key:
-            local = config.get(self.local_key, default=local)
+            local = config.number(self.local_key, default=local)
         thetas = {"causal": full.get("rope_theta", theta), "sliding_window": sliding.get("rope_theta", local)}
         context = config.whole("max_position_embeddings", default=131_072)
         kinds, fields = {}, dict[str, Any]()
@@ -374,16 +413,15 @@ class RopeByKind:
         }
 
     def _settings(self, config: Reading) -> tuple[Values, Values]:
-        """The dictionaries of full and of sliding layers."""
-        new, old = config.get("rope_parameters", default=None), config.get("rope_scaling", default=None)
-        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-            if value is not None and not isinstance(value, dict):
-                raise config.wrong(key, value, "an object is needed")
-        if new is None:
-            return dict(old or {}), {}
-        if set(new) - set(LAYER_TYPES):
+        """The dictionaries of full and of sliding layers; ``rope_scaling`` goes over the former, as in transformers 5."""
+        new, old = config.get("rope_parameters", default={}), config.get("rope_scaling", default=None)
+        if not isinstance(new, dict) or set(new) - set(LAYER_TYPES):
             raise config.wrong("rope_parameters", new, f"one object each is needed for {', '.join(LAYER_TYPES)}")
-        return dict(new.get("full_attention") or {}), dict(new.get("sliding_attention") or {})
+        full, sliding = (
+            settings_of(config, f"rope_parameters.{kind}", new.get(kind))
+            for kind in ("full_attention", "sliding_attention")
+        )
+        return full | settings_of(config, "rope_scaling", old), sliding
 
     def write(self, model: ModelConfig) -> Values:
         layers = list(

@@ -19,6 +19,12 @@ Values = dict[str, Any]
 
 MISSING: Any = object()
 
+LARGEST = 1e30
+"""No number of a config.json is larger; Python's whole numbers have no limit, and floats do."""
+
+MOST_LAYERS = 10_000
+"""What :class:`~scratchlm.model.config.ModelConfig` allows."""
+
 
 class Inexpressible(Exception):
     """A field's value has no place in the family's config.json; the message is the field's dotted name."""
@@ -55,14 +61,58 @@ class Reading:
 
     def whole(self, *keys: str, default: Any = MISSING) -> int:
         """As :meth:`get`, a whole number."""
-        value = self.get(*keys, default=default)
+        return self.as_whole(self._named(*keys), self.get(*keys, default=default))
+
+    def number(self, *keys: str, default: Any = MISSING) -> float:
+        """As :meth:`get`, a finite number."""
+        return self.as_number(self._named(*keys), self.get(*keys, default=default))
+
+    def flag(self, *keys: str, default: Any = MISSING) -> bool:
+        """As :meth:`get`, true or false."""
+        return self.as_flag(self._named(*keys), self.get(*keys, default=default))
+
+    def _named(self, *keys: str) -> str:
+        """That of `keys` which :meth:`get` takes, for messages."""
+        return next((key for key in keys if self.values.get(key) is not None), keys[0])
+
+    def as_whole(self, key: str, value: Any) -> int:
+        """`value`, if it is a whole number of at most :data:`LARGEST`."""
         if type(value) is not int:
-            raise self.wrong(keys[0], value, "a whole number is needed")
+            raise self.wrong(key, value, "a whole number is needed")
+        if abs(value) > LARGEST:
+            raise self.wrong(key, value, "the number is too large")
         return value
+
+    def as_number(self, key: str, value: Any) -> float:
+        """`value`, if it is a number of at most :data:`LARGEST`; true is none."""
+        if type(value) not in (int, float) or value != value:
+            raise self.wrong(key, value, "a number is needed")
+        if abs(value) > LARGEST:
+            raise self.wrong(key, value, "the number is too large")
+        return value
+
+    def as_flag(self, key: str, value: Any) -> bool:
+        """`value`, if it is true or false, or 1 or 0."""
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise self.wrong(key, value, "true or false is needed")
+        return bool(value)
+
+    def layers(self) -> None:
+        """See that there are no more layers than a model may have, before a rule lists them.
+
+        Raises:
+            UserError: there are, or their number is none.
+        """
+        for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+            value = self.values.get(key)
+            if value is not None and not 0 <= self.as_whole(key, value) <= MOST_LAYERS:
+                raise self.wrong(key, value, f"a number from 0 to {MOST_LAYERS} is needed")
 
     def wrong(self, key: str, value: Any, what: str) -> UserError:
         """The error for a value that we do not express."""
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        huge = type(value) is int and abs(value) > LARGEST  # Python does not print the largest of them
+        shown = f"a whole number of {value.bit_length()} bits" if huge else repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return UserError(f"{self.where}: {key} = {shown} of family {self.family} is not supported: {what}")
 
     def unknown(self) -> list[str]:
@@ -114,7 +164,7 @@ def value_of(model: ModelConfig, field: str) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """A key that is a field under another name.
+    """A key that is a field under another name: a number, or true or false where that is its default.
 
     Attributes:
         theirs, ours: the names.
@@ -132,7 +182,12 @@ class Key:
         return (self.ours,)
 
     def read(self, config: Reading) -> Values:
-        return {self.ours: config.get(self.theirs, *self.also, default=self.default)}
+        value = config.get(self.theirs, *self.also, default=self.default)
+        if isinstance(self.default, bool):
+            config.as_flag(self.theirs, value)
+        elif value is not None:
+            config.as_number(self.theirs, value)
+        return {self.ours: value}
 
     def write(self, model: ModelConfig) -> Values:
         value = value_of(model, self.ours)
@@ -280,7 +335,7 @@ class Biases:
         return tuple(name for name in "qkvo" if name in self.always or (on and name in self.projections))
 
     def read(self, config: Reading) -> Values:
-        on = bool(config.get(self.theirs, default=self.default))
+        on = config.flag(self.theirs, default=self.default)
         return {"attention_bias": self._names(on)} | ({"feedforward_bias": on} if self.feedforward else {})
 
     def write(self, model: ModelConfig) -> Values:
@@ -293,7 +348,7 @@ class Biases:
 def shortest_pattern(values: Sequence[Any]) -> tuple[Any, ...]:
     """The shortest pattern that gives `values` when it is repeated: (a, b, a, b) is (a, b)."""
     for length in range(1, len(values) + 1):
-        if all(values[i] == values[i % length] for i in range(len(values))):
+        if values[length:] == values[: len(values) - length]:
             return tuple(values[:length])
     return tuple(values)
 

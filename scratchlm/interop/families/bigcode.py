@@ -38,7 +38,7 @@ from scratchlm.model.config import ModelConfig
 def _read_multi_query(config: Reading) -> Values:
     heads = config.whole("n_head", "num_attention_heads")
     config.asked.add("num_key_value_heads")  # follows from multi_query
-    return {"kv_heads": 1 if config.get("multi_query", default=True) else heads}
+    return {"kv_heads": 1 if config.flag("multi_query", default=True) else heads}
 
 
 def _write_multi_query(model: ModelConfig) -> Values:

@@ -98,7 +98,7 @@ def _read_heads(config: Reading) -> Values:
 def _read_groups(config: Reading) -> Values:
     """``greedy`` chooses among all experts, whatever the groups."""
     method = config.get("topk_method", default="greedy")
-    groups, best = config.get("n_group", default=1), config.get("topk_group", default=1)
+    groups, best = config.whole("n_group", default=1), config.whole("topk_group", default=1)
     if method not in ("greedy", "group_limited_greedy"):
         raise config.wrong("topk_method", method, "known are greedy, group_limited_greedy")
     return {} if method == "greedy" else {"moe.groups": groups, "moe.top_groups": best}

@@ -24,6 +24,8 @@ BIAS_UPDATE = 1e-3
 def _read_layers(config: Reading) -> Values:
     """Every ``moe_layer_interval``-th layer from one index to another has experts."""
     layers, step = config.whole("num_hidden_layers"), config.whole("moe_layer_interval", default=1)
+    if step < 1:
+        raise config.wrong("moe_layer_interval", step, "a number from 1 on is needed")
     start = config.whole("moe_layer_start_index", default=1)
     end = config.whole("moe_layer_end_index", default=-1)
     last = layers - 1 if end == -1 else end

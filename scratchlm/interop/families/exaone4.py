@@ -16,7 +16,7 @@ from scratchlm.interop.families.shared import (
     tied,
 )
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, unless_null, write_layer_types
+from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import Always, Custom, Inexpressible, Reading, Values, per_layer, shortest_pattern
 from scratchlm.model.config import ModelConfig
 
@@ -24,7 +24,7 @@ from scratchlm.model.config import ModelConfig
 def _read_layers(config: Reading) -> Values:
     """Without ``sliding_window`` all layers are full and rotated; with one, full layers have no position."""
     layers = config.whole("num_hidden_layers")
-    window = config.get("sliding_window", default=unless_null("sliding_window", 4096))
+    window = read_window(config, 4096)
     every = config.get("sliding_window_pattern", default=4)
     absent = ["full_attention"] * layers
     if window is not None and config.get("layer_types", default=None) is None:

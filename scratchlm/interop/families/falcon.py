@@ -14,12 +14,12 @@ from scratchlm.model.config import ModelConfig
 def _is_new(config: Reading) -> bool:
     """Whether it is built as the 40B, which before it had a key of its own was a ``model_type`` of its own."""
     named = config.values.get("model_type") == "RefinedWeb"
-    return bool(config.get("new_decoder_architecture", default=named))
+    return config.flag("new_decoder_architecture", default=named)
 
 
 def _read_block(config: Reading) -> Values:
-    new, parallel = _is_new(config), bool(config.get("parallel_attn", default=True))
-    norms = config.get("num_ln_in_parallel_attn", default=2 if new else 1)
+    new, parallel = _is_new(config), config.flag("parallel_attn", default=True)
+    norms = config.whole("num_ln_in_parallel_attn", default=2 if new else 1)
     if new and not parallel:
         raise config.wrong("parallel_attn", parallel, "new_decoder_architecture needs the branches side by side")
     if not parallel:
@@ -32,7 +32,7 @@ def _read_block(config: Reading) -> Values:
 def _read_kv_heads(config: Reading) -> Values:
     heads = config.whole("num_attention_heads", "n_head")
     kv_heads = config.whole("num_kv_heads", "n_head_kv", default=heads)
-    multi_query = bool(config.get("multi_query", default=True))
+    multi_query = config.flag("multi_query", default=True)
     if _is_new(config):
         return {"kv_heads": kv_heads}
     if not multi_query and kv_heads != heads:

@@ -42,7 +42,7 @@ def _read_activation(config: Reading) -> Values:
     """Gemma 1's first files say ``gelu`` and mean the approximation by tanh; a later key says it again."""
     said = [config.get("hidden_act", default="gelu_pytorch_tanh"), config.get("hidden_activation", default=None)]
     for key, value in zip(("hidden_act", "hidden_activation"), said, strict=True):
-        if value is not None and value not in _NAMES:
+        if value is not None and (not isinstance(value, str) or value not in _NAMES):
             raise config.wrong(key, value, f"known are {', '.join(_NAMES)}")
     if said[1] is not None and _NAMES[said[0]] != _NAMES[said[1]]:
         raise config.wrong("hidden_activation", said[1], f"hidden_act = {said[0]!r} says otherwise")
@@ -57,7 +57,10 @@ def _write_activation(model: ModelConfig) -> Values:
 
 
 def _read_scale(config: Reading) -> Values:
-    return {"attention_scale": config.get("query_pre_attn_scalar", default=256) ** -0.5}
+    width = config.number("query_pre_attn_scalar", default=256)
+    if width <= 0:
+        raise config.wrong("query_pre_attn_scalar", width, "a positive number is needed")
+    return {"attention_scale": width**-0.5}
 
 
 def _write_scale(model: ModelConfig) -> Values:

@@ -77,7 +77,7 @@ def four_times(*width: str) -> Custom:
 
 
 def _read_scaled(config: Reading) -> Values:
-    return {"attention_scale": None if config.get("scale_attn_weights", default=True) else 1.0}
+    return {"attention_scale": None if config.flag("scale_attn_weights", default=True) else 1.0}
 
 
 def _write_scaled(model: ModelConfig) -> Values:
@@ -175,13 +175,13 @@ def _read_layers(config: Reading) -> Values:
     types = config.get("attention_types", default=[[["global", "local"], 12]])
     config.asked.add("attention_layers")  # the same, spelled out
     try:
+        if sum(len(group) * max(0, times) for group, times in types) != layers:
+            raise config.wrong("attention_types", types, f"num_layers = {layers} kinds are needed")
         kinds = [MASKS[kind] for group, times in types for _ in range(times) for kind in group]
     except (KeyError, TypeError, ValueError):
         raise config.wrong(
             "attention_types", types, "lists of global and local, each with its count, are needed"
         ) from None
-    if len(kinds) != layers:
-        raise config.wrong("attention_types", types, f"num_layers = {layers} kinds are needed")
     window = config.whole("window_size", default=256)
     return {"mask": shortest_pattern(kinds) or ("causal",)} | (
         {"window": window} if "sliding_window" in kinds else {}

@@ -12,11 +12,14 @@ from scratchlm.model.config import ModelConfig
 
 
 def _read_multipliers(config: Reading) -> Values:
-    residual = config.get("residual_multiplier", default=1.0)
+    divisor = config.number("logits_scaling", default=1.0)
+    if divisor <= 0:
+        raise config.wrong("logits_scaling", divisor, "a positive number is needed")
+    residual = config.number("residual_multiplier", default=1.0)
     return {
-        "embedding_scale": float(config.get("embedding_multiplier", default=1.0)),
-        "attention_scale": float(config.get("attention_multiplier", default=1.0)),
-        "logit_scale": 1 / config.get("logits_scaling", default=1.0),
+        "embedding_scale": float(config.number("embedding_multiplier", default=1.0)),
+        "attention_scale": float(config.number("attention_multiplier", default=1.0)),
+        "logit_scale": 1 / divisor,
         **({"residual": "plain"} if residual == 1 else {"residual": "fixed", "residual_init": float(residual)}),
     }
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from scratchlm.interop.families.shared import DROPOUT, LLAMA_WEIGHTS, WIDTHS, gated, grouped, rms_norm, tied
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, Window, masks_of, read_layer_types, unless_null, write_layer_types
+from scratchlm.interop.rope_rules import Rope, Window, masks_of, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import Custom, Key, Reading, Values
 from scratchlm.model.config import ModelConfig
 
 
 def _read_windows(config: Reading) -> Values:
     """Absent ``layer_types`` are all of one kind: with a window if there is one."""
-    window = config.get("sliding_window", default=unless_null("sliding_window", 4096))
+    window = read_window(config, 4096)
     full, sliding = "full_attention", "sliding_attention"
     layers = config.whole("num_hidden_layers")
     types = read_layer_types(config, [full if window is None else sliding] * layers, layers)

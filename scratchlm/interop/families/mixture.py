@@ -97,10 +97,15 @@ def layers_with_experts(config: Reading, key: str, having: Sequence[int]) -> Val
         UserError: they are no run of every n-th layer to the end; `key` is named.
     """
     layers = config.whole("num_hidden_layers")
-    for every in range(1, layers + 1):
-        for first in range(layers):
-            if list(range(first + every - 1, layers, every)) == list(having):
-                return {"moe.first_dense": first, "moe.every": every}
+    if len(having) > 1:
+        every = having[1] - having[0]
+    elif having:
+        every = max(1, layers - having[0])
+    else:
+        every = 2  # the last layer is the first of a pair that is not there
+    first = having[0] - every + 1 if having else layers - 1
+    if every > 0 and first >= 0 and list(range(first + every - 1, layers, every)) == list(having):
+        return {"moe.first_dense": first, "moe.every": every}
     raise config.wrong(key, config.values.get(key), "layers with experts must be every n-th one to the last")
 
 

@@ -73,7 +73,7 @@ NEOX_LAYER = "gpt_neox.layers.{layer}"
 
 
 def _read_dropout(config: Reading) -> Values:
-    share = config.get("hidden_dropout", "hidden_dropout_prob", default=0.0)
+    share = config.number("hidden_dropout", "hidden_dropout_prob", default=0.0)
     return {"embedding_dropout": share, "residual_dropout": share}
 
 

@@ -24,7 +24,7 @@ from scratchlm.model.config import ModelConfig
 
 def _read_width(config: Reading) -> Values:
     width, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    if (given := config.get("head_dim", default=width // heads)) * heads != width:
+    if (given := config.whole("head_dim", default=head_width)) * heads != width:
         raise config.wrong("head_dim", given, "the norm of all queries is as wide as the model")
     return {"head_dim": given}
 

@@ -13,7 +13,7 @@ from scratchlm.interop.families.shared import (
     tied,
 )
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, unless_null, write_layer_types
+from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import Always, Biases, Custom, Key, Only, Reading, Values
 from scratchlm.model.config import ModelConfig
 
@@ -21,9 +21,9 @@ from scratchlm.model.config import ModelConfig
 def _read_windows(config: Reading) -> Values:
     """``use_sliding_window`` switches; absent ``layer_types`` have the window from layer ``max_window_layers`` on."""
     layers = config.whole("num_hidden_layers")
-    window = config.get("sliding_window", default=unless_null("sliding_window", 4096))
+    window = read_window(config, 4096)
     first = config.whole("max_window_layers", default=28)
-    if not config.get("use_sliding_window", default=False):
+    if not config.flag("use_sliding_window", default=False):
         window = None
     late = "full_attention" if window is None else "sliding_attention"
     absent = ["full_attention" if layer < first else late for layer in range(layers)]

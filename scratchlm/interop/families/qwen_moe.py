@@ -26,7 +26,7 @@ from scratchlm.interop.families.shared import (
     tied,
 )
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, unless_null, write_layer_types
+from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import Always, Biases, Custom, Inexpressible, Key, Reading, Values, per_layer
 from scratchlm.interop.weights import Map
 from scratchlm.model.config import ModelConfig
@@ -35,8 +35,12 @@ from scratchlm.model.config import ModelConfig
 def _read_layers(config: Reading) -> Values:
     """Every ``decoder_sparse_step``-th layer has experts, but those of ``mlp_only_layers``."""
     step, dense = config.whole("decoder_sparse_step", default=1), config.get("mlp_only_layers", default=[])
-    layers = config.whole("num_hidden_layers")
-    having = [layer for layer in range(step - 1, layers, max(1, step)) if layer not in dense]
+    if step < 1:
+        raise config.wrong("decoder_sparse_step", step, "a number from 1 on is needed")
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise config.wrong("mlp_only_layers", dense, "a list of numbers of layers is needed")
+    dense, layers = set(dense), config.whole("num_hidden_layers")
+    having = [layer for layer in range(step - 1, layers, step) if layer not in dense]
     return layers_with_experts(config, "mlp_only_layers", having)
 
 
@@ -49,9 +53,9 @@ def _write_layers(model: ModelConfig) -> Values:
 def _read_windows_2(config: Reading) -> Values:
     """Absent ``layer_types``: with ``use_sliding_window`` every other layer below ``max_window_layers`` has it."""
     layers = config.whole("num_hidden_layers")
-    window = config.get("sliding_window", default=unless_null("sliding_window", 4096))
+    window = read_window(config, 4096)
     below = config.whole("max_window_layers", default=28)
-    if not config.get("use_sliding_window", default=False):
+    if not config.flag("use_sliding_window", default=False):
         window = None
     absent = [
         "full_attention" if window is None or layer % 2 or layer >= below else "sliding_attention"
@@ -68,10 +72,8 @@ def _write_windows_2(model: ModelConfig) -> Values:
 
 def _read_window_3(config: Reading) -> Values:
     """One window for all layers; earlier versions began at layer ``max_window_layers``, so only 0 means one thing."""
-    window, first = config.get("sliding_window", default=4096), config.get("max_window_layers", default=0)
-    if not config.get("use_sliding_window", default=False) or (
-        "sliding_window" in config.values and window is None
-    ):
+    window, first = read_window(config, 4096), config.whole("max_window_layers", default=0)
+    if not config.flag("use_sliding_window", default=False) or window is None:
         return {}
     if first:
         raise config.wrong(

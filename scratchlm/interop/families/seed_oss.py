@@ -10,8 +10,8 @@ from scratchlm.model.config import ModelConfig
 
 
 def _read_biases(config: Reading) -> Values:
-    into = ("q", "k", "v") if config.get("attention_bias", default=True) else ()
-    out = ("o",) if config.get("attention_out_bias", default=False) else ()
+    into = ("q", "k", "v") if config.flag("attention_bias", default=True) else ()
+    out = ("o",) if config.flag("attention_out_bias", default=False) else ()
     return {"attention_bias": into + out}
 
 

@@ -35,7 +35,7 @@ from scratchlm.interop.families.shared import (
     tied,
 )
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, masks_of, one_rope, read_layer_types, unless_null, write_layer_types
+from scratchlm.interop.rope_rules import Rope, masks_of, one_rope, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import Always, Biases, Choice, Custom, Harmless, Key, Only, Reading, Values
 from scratchlm.model.config import ModelConfig
 
@@ -43,7 +43,7 @@ from scratchlm.model.config import ModelConfig
 def _read_dots_windows(config: Reading) -> Values:
     """Absent ``layer_types`` have the window from layer ``max_window_layers`` on."""
     layers = config.whole("num_hidden_layers")
-    window = config.get("sliding_window", default=unless_null("sliding_window", 4096))
+    window = read_window(config, 4096)
     first = config.whole("max_window_layers", default=62)
     late = "full_attention" if window is None else "sliding_attention"
     absent = ["full_attention" if layer < first else late for layer in range(layers)]
@@ -62,7 +62,11 @@ def _read_exaone_experts(config: Reading) -> Values:
     layers, first = config.whole("num_hidden_layers"), config.whole("first_k_dense_replace", default=1)
     absent = ["dense" if layer < first else "sparse" for layer in range(layers)]
     types = config.get("mlp_layer_types", default=absent)
-    if not isinstance(types, list) or len(types) != layers or set(types) - {"dense", "sparse"}:
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(kind not in ("dense", "sparse") for kind in types)
+    ):
         raise config.wrong("mlp_layer_types", types, f"a list of {layers} times dense or sparse is needed")
     return layers_with_experts(
         config, "mlp_layer_types", [layer for layer in range(layers) if types[layer] == "sparse"]
@@ -89,9 +93,11 @@ class _RotaryDim(Rope):
         )
         fields = super().read(inner)
         config.asked |= inner.asked
-        turned = config.get("rotary_dim", default=None)
+        if width < 1:
+            raise config.wrong("head_dim", width, "a positive number is needed")
+        turned = config.whole("rotary_dim", default=width)
         if share is None:
-            share = config.get("partial_rotary_factor", default=1.0 if turned is None else turned / width)
+            share = config.number("partial_rotary_factor", default=turned / width)
         return fields | {"rope.fraction": share}
 
     def write(self, model: ModelConfig) -> Values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scratchlm.interop.families.shared import DROPOUT, LLAMA_WEIGHTS, WIDTHS, gated, grouped, rms_norm, tied
 from scratchlm.interop.family import Family
-from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, write_layer_types
+from scratchlm.interop.rope_rules import Rope, masks_of, read_layer_types, read_window, write_layer_types
 from scratchlm.interop.rules import (
     Biases,
     Custom,
@@ -28,11 +28,12 @@ def _read_layers(config: Reading) -> Values:
     )
     if not isinstance(turned, list) or len(turned) < layers:
         raise config.wrong("no_rope_layers", turned, f"a list of {layers} is needed, one per layer")
-    window = config.get("sliding_window", default=None)
-    if not config.get("use_sliding_window", default=False):
+    turned = [config.as_flag("no_rope_layers", has) for has in turned[:layers]]
+    window = read_window(config, None)
+    if not config.flag("use_sliding_window", default=False):
         window = None
-    absent = ["full_attention" if window is None or has else "sliding_attention" for has in turned[:layers]]
-    positions = shortest_pattern(["rope" if has else "none" for has in turned[:layers]])
+    absent = ["full_attention" if window is None or has else "sliding_attention" for has in turned]
+    positions = shortest_pattern(["rope" if has else "none" for has in turned])
     return {"position": positions, **masks_of(config, read_layer_types(config, absent, layers), window)}
 
 
