@@ -91,12 +91,13 @@ def choose(config: ModelConfig, name: str = "auto", origin: Family | None = None
         fits.append(fit(config, families()[name]))
         if not fits[-1].unsaid:
             return fits[-1]
-    nowhere = set.intersection(*(set(candidate.unsaid) for candidate in fits))
+    comparable = [candidate for candidate in fits if candidate.config is not None] or fits
+    nowhere = set.intersection(*(set(candidate.unsaid) for candidate in comparable))
     if nowhere:
         shown = ", ".join(f"{name} = {_value(config, name)}" for name in sorted(nowhere))
         reason = f"no family of the hub has {shown}"
     else:
-        nearest = min(fits, key=lambda candidate: len(candidate.unsaid))
+        nearest = min(comparable, key=lambda candidate: len(candidate.unsaid))
         shown = ", ".join(f"{name} = {_value(config, name)}" for name in nearest.unsaid)
         reason = f"no family of the hub has this combination; the nearest is {nearest.family.model_type}, without {shown}"
     raise UserError(

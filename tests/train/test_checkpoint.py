@@ -46,9 +46,9 @@ def test_what_is_saved_comes_back(tmp_path: Path, tied: bool) -> None:
     assert (model.head.weight is model.embedding.weight) is tied
 
 
-def test_files_are_safetensors_and_json_only(tmp_path: Path) -> None:
+def test_files_are_safetensors_json_and_a_page_only(tmp_path: Path) -> None:
     names = {path.suffix for path in save(tmp_path, 1).path.iterdir()}
-    assert names == {".safetensors", ".json"}
+    assert names == {".safetensors", ".json", ".md"}
 
 
 def test_listing_is_by_step_and_passes_over_everything_else(tmp_path: Path) -> None:
