@@ -146,7 +146,7 @@ def test_auto_writes_a_family_only_if_it_computes_the_same(tmp_path: Path) -> No
         choose(ModelConfig(**base, residual="vector"))
     with pytest.raises(UserError, match=r"no family of the hub has this combination; the nearest is \w+, without"):
         choose(ModelConfig(**base, position="alibi", feedforward="swiglu", mask="sliding_window"))
-    with pytest.raises(UserError, match=r"no family of the hub has mask = strided; .*standalone"):
+    with pytest.raises(UserError, match=r"no family of the hub has mask = strided, stride = 16; .*standalone"):
         choose(ModelConfig(**base, mask="strided"))
     with pytest.raises(UserError, match=r"no family of the hub has attention = gated_delta"):
         choose(ModelConfig(**base, attention="gated_delta"))
