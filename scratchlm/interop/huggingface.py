@@ -123,7 +123,7 @@ def open_folder(
 
 def _names(files: TensorFiles, family: Family) -> dict[str, str]:
     """The family's name of each tensor → its name in the files, where some leave a prefix out."""
-    found = {}
+    found: dict[str, str] = {}
     for name in files.stored:
         whole = name
         if family.prefix and not name.startswith(family.prefix) and not name.startswith(family.head.split(".")[0]):

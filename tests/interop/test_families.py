@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ EVERY = [
 LENGTH = 40  # longer than every window that is drawn
 
 
-@lru_cache(maxsize=None)  # small models; the tests come back to each
+@cache  # small models; the tests come back to each
 def pair(case: Case, seed: int, dtype: torch.dtype, root: Path) -> tuple[Any, Transformer, Path]:
     """Their model, and ours read from what theirs wrote."""
     theirs = build(case, seed, dtype)
