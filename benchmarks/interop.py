@@ -12,6 +12,7 @@ Run: ``python benchmarks/interop.py [--families llama gpt2] [--dtypes fp32 bf16]
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
 import statistics
@@ -72,6 +73,11 @@ def widened(case: Case, options: argparse.Namespace) -> ModelConfig:
     return ModelConfig(**fields)
 
 
+def has_cache(model: Any) -> bool:
+    """Whether transformers keeps keys and values for this model."""
+    return "past_key_values" in model(torch.ones(1, 2, dtype=torch.long))
+
+
 class Ours:
     """A model of ours, a prompt, and its cache."""
 
@@ -100,16 +106,23 @@ class Theirs:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.keeps = "logits_to_keep" in self.model.forward.__code__.co_varnames
+        self.model.config.use_cache = True
+        parameters = inspect.signature(self.model.forward).parameters
+        self.keeps = "logits_to_keep" in parameters
+        self.caches = has_cache(self.model)
 
     def prefill(self, ids: torch.Tensor, room: int) -> torch.Tensor:
-        self.cache = None
+        self.cache, self.read = None, ids[:, :0]
         return self._forward(ids)
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        more = {"logits_to_keep": 1} if self.keeps else {}
-        answer = self.model(ids, past_key_values=self.cache, use_cache=True, **more)
-        self.cache = answer.past_key_values
+        more: dict[str, Any] = {"logits_to_keep": 1} if self.keeps else {}
+        if self.caches:
+            more |= {"past_key_values": self.cache, "use_cache": True}
+        else:  # GPT has no cache there: it reads everything again
+            ids = self.read = torch.cat([self.read, ids], dim=1)
+        answer = self.model(ids, **more)
+        self.cache = answer.past_key_values if self.caches else None
         return answer.logits[:, -1].argmax(-1, keepdim=True)
 
     decode = Ours.decode

@@ -124,7 +124,25 @@ def sdpa_attention(
         nothing = ~allowed.any(dim=-1, keepdim=True)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | nothing, **options)
         return out.masked_fill(nothing, 0.0)
+    if queries == 1 and not scores.dropout:
+        return _newest_token(q, k, v, visible, scores)
     return _with_additive_mask(q, k, v, visible, scores, options)
+
+
+def _newest_token(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
+    """One query with sinks or ALiBi by the formula, grouped: nothing is added to the cached keys, and each is read once."""
+    grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
+    raw = (grouped @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale_of(
+        q.shape[-1]
+    )
+    raw = raw.flatten(-3, -2).unsqueeze(-2)  # (…, heads, 1, keys)
+    if scores.slopes is not None:
+        away = distances(1, k.shape[-2], q.device) if visible is None else visible.distance(*visible.everything)
+        raw = raw - scores.slopes.to(raw.dtype)[:, None, None] * away
+    if visible is not None:
+        raw = raw.masked_fill(~visible.matrix(), float("-inf"))
+    weights = weights_with_sink(raw, scores.sinks).to(v.dtype)
+    return (weights.squeeze(-2).unflatten(-2, (k.shape[-3], -1)) @ v).flatten(-3, -2).unsqueeze(-2)
 
 
 def _with_additive_mask(
