@@ -8,9 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from scratchlm.errors import UserError
 from scratchlm.files import atomic_directory, expanded, new_folder, read_json, write_json, write_text
 from scratchlm.interop.choose import Fit, choose, repair
@@ -20,6 +17,7 @@ from scratchlm.interop.huggingface import (
     DTYPE_NAMES,
     SHARD_BYTES,
     Opened,
+    in_dtype,
     is_folder,
     open_folder,
     write_own_weights,
@@ -131,7 +129,7 @@ def open_any(
             raise UserError(
                 f"{found.file}: {name} is stored as {found.dtype}, which no export writes; take it anew"
             )
-    weights = {name: _converted(name, files.read(name), dtype) for name in files.stored}
+    weights = {name: (tensor := files.read(name)).to(in_dtype(name, tensor.dtype, dtype)) for name in files.stored}
     files.close()
     check_weights(model, weights, folder)
     install(model, weights)
@@ -212,15 +210,11 @@ def save(
 def _cast(model: Transformer, dtype: str) -> Transformer:
     """A copy of the model in another dtype; what the model keeps in fp32 (a router's correction) is kept."""
     cast = hollow_model(model.config)
-    install(cast, {name: _converted(name, tensor.detach(), dtype) for name, tensor in stored(model).items()})
+    install(
+        cast,
+        {name: tensor.detach().to(in_dtype(name, tensor.dtype, dtype)) for name, tensor in stored(model).items()},
+    )
     return cast
-
-
-def _converted(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """One of our tensors in another dtype. A router's correction moves by steps too small for sixteen bits: it stays in fp32."""
-    if dtype == "keep":
-        return tensor
-    return tensor.to(torch.float32 if name.endswith(".correction") else DTYPE_NAMES[dtype])
 
 
 def _write_family(
