@@ -63,6 +63,7 @@ def widened(case: Case, options: argparse.Namespace) -> ModelConfig:
     }
     fields = drawn.model_dump() | width
     fields["rope"] |= {"scaling": ("none",), "factor": 1.0, "original_context": None, "attention_factor": None}
+    fields["rope"]["fraction"] = max(2, 2 * round(drawn.rope.fraction * 32)) / 64  # a share that 64 dimensions have
     if "mla" in drawn.attention:
         fields |= {"kv_heads": None, "attention_scale": None}
         fields["latent"] |= {"kv_rank": 128, "q_rank": 192 if drawn.latent.q_rank else None, "rope_dim": 32}

@@ -15,12 +15,14 @@ from torch import Tensor
 from scratchlm.errors import UserError
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
+from scratchlm.model.mask import window_slots
 
 
 class KVCache:
     """Keys, values and states of every layer; slots are set aside once: a step writes one and copies nothing.
 
-    A layer that reads only a window keeps only that (and copies it at each step): its part does not grow beyond it.
+    A layer that reads only a window keeps that and some room (:func:`~scratchlm.model.mask.window_slots`); when the room is full, the window moves back
+    to the front. Its part does not grow beyond it.
 
     ::
 
@@ -58,6 +60,8 @@ class KVCache:
         self.device, self.dtype = torch.device(device), dtype
         self.length = 0
         self._slots: list[dict[str, Tensor]] = [{} for _ in range(config.layers)]
+        self._ends: list[dict[str, int]] = [{} for _ in range(config.layers)]
+        """Of layers with a window: where the filled part of the slots ends."""
         self._states: list[dict[str, Tensor]] = [{} for _ in range(config.layers)]
         self._valid: Tensor | None = None
         if padding is not None and bool((padding > 0).any()):
@@ -80,7 +84,7 @@ class KVCache:
         for layer in range(config.layers):
             kind = choices.ATTENTION.get(config.attention_at(layer))
             reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
-            window = 0 if reach is None else (reach - 1) * kind.cache_widths(config)
+            window = 0 if reach is None else window_slots(reach) * kind.cache_widths(config)
             wider = max(0, torch.float32.itemsize - dtype.itemsize)
             total += (window + kind.state_size(config)) * dtype.itemsize + wider * kind.wide_size(config)
         return total
@@ -116,17 +120,31 @@ class KVCache:
                 middle = (1,) * (fresh.ndim - 3)
                 fresh = fresh.masked_fill(padding.reshape(len(padding), *middle, count, 1), 0)
             if reach is not None:
-                fresh = fresh.to(self.dtype or fresh.dtype)
-                fresh = torch.cat([slots[name], fresh], dim=-2) if name in slots else fresh
-                # A copy: a view would keep the whole prompt in memory.
-                slots[name] = fresh[..., max(0, fresh.shape[-2] - reach + 1) :, :].clone()
-                windows[name] = fresh
+                windows[name] = self._append_to_window(layer, name, fresh.to(self.dtype or fresh.dtype), reach)
                 continue
             if name not in slots:
                 shape = (*fresh.shape[:-2], self.max_length, fresh.shape[-1])
                 slots[name] = torch.empty(shape, device=self.device, dtype=self.dtype or fresh.dtype)
             slots[name].narrow(-2, self.length, count).copy_(fresh)
         return windows or {name: slots[name].narrow(-2, 0, total) for name in new}
+
+    def _append_to_window(self, layer: int, name: str, fresh: Tensor, reach: int) -> Tensor:
+        """The last reach − 1 positions, and the new ones behind them."""
+        slots, ends, count = self._slots[layer], self._ends[layer], fresh.shape[-2]
+        if name not in slots:
+            shape = (*fresh.shape[:-2], min(window_slots(reach), self.max_length), fresh.shape[-1])
+            slots[name], ends[name] = torch.empty(shape, device=self.device, dtype=fresh.dtype), 0
+        buffer, end = slots[name], ends[name]
+        held = min(end, reach - 1)
+        past = buffer.narrow(-2, end - held, held)
+        if end + count > buffer.shape[-2]:  # no room: what is still read goes to the front
+            whole = torch.cat([past, fresh], dim=-2) if held else fresh
+            ends[name] = min(whole.shape[-2], reach - 1)
+            buffer.narrow(-2, 0, ends[name]).copy_(whole.narrow(-2, whole.shape[-2] - ends[name], ends[name]))
+            return whole
+        buffer.narrow(-2, end, count).copy_(fresh)
+        ends[name] = end + count
+        return buffer.narrow(-2, end - held, held + count)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """What this layer keeps instead of slots; empty before the first token."""

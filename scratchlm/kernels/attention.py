@@ -119,14 +119,58 @@ def sdpa_attention(
             return F.scaled_dot_product_attention(grouped, k, v, **options).flatten(-3, -2).unsqueeze(-2)
         if visible is None and (queries == keys or queries == 1):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys, **options)
-        allowed = causal_triangle(queries, keys, q.device) if visible is None else visible.matrix()
-        # A row without any allowed key is undefined in some of torch's backends: give it one and clear the output.
-        nothing = ~allowed.any(dim=-1, keepdim=True)
+        allowed, nothing = _allowed(queries, keys, visible, q.device)
+        if nothing is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | nothing, **options)
         return out.masked_fill(nothing, 0.0)
-    if queries == 1 and not scores.dropout:
-        return _newest_token(q, k, v, visible, scores)
+    if not scores.dropout:
+        if queries == 1:
+            return _newest_token(q, k, v, visible, scores)
+        if scores.slopes is None and visible is None and queries == keys and _flash_tells_sums(q, k, v):
+            return _flash_with_sinks(q, k, v, scores)
     return _with_additive_mask(q, k, v, visible, scores, options)
+
+
+def _allowed(
+    queries: int, keys: int, visible: Visibility | None, device: torch.device
+) -> tuple[Bool[Tensor, "... q k"], Bool[Tensor, "... q 1"] | None]:
+    """The dense mask, and which rows are empty, None where none can be: every position may read itself but for padding.
+
+    An empty row is undefined in some of torch's backends: whoever calls gives it keys and clears the output.
+    """
+    if visible is None:
+        return causal_triangle(queries, keys, device), None
+    allowed = visible.matrix()
+    if visible.key_mask is None and visible.queries is visible.keys:
+        return allowed, None
+    return allowed, visible.kept("nothing", lambda: ~allowed.any(dim=-1, keepdim=True))
+
+
+def _flash_tells_sums(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's flash attention can be asked for log Σ exp(score) beside its output: on CPUs, without gradients."""
+    return (
+        q.device.type == "cpu"
+        and q.ndim == 4
+        and q.shape[-1] == v.shape[-1]
+        and q.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    )
+
+
+def _flash_with_sinks(q: Queries, k: Keys, v: Values, scores: Scores) -> Mixed:
+    """A sink takes exp(sink) / (exp(sink) + Σ exp(score)) of the softmax: what is left of the output is σ(log Σ − sink)."""
+    assert scores.sinks is not None
+    group = q.shape[-3] // k.shape[-3]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, True, scale=scores.scale_of(q.shape[-1])
+    )
+    left = torch.sigmoid(log_sum - scores.sinks.to(log_sum.dtype)[:, None])
+    return (out * left.unsqueeze(-1)).to(out.dtype)
 
 
 def _newest_token(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
@@ -136,12 +180,20 @@ def _newest_token(q: Queries, k: Keys, v: Values, visible: Visibility | None, sc
         q.shape[-1]
     )
     raw = raw.flatten(-3, -2).unsqueeze(-2)  # (…, heads, 1, keys)
-    if scores.slopes is not None:
-        away = distances(1, k.shape[-2], q.device) if visible is None else visible.distance(*visible.everything)
-        raw = raw - scores.slopes.to(raw.dtype)[:, None, None] * away
-    if visible is not None:
-        raw = raw.masked_fill(~visible.matrix(), float("-inf"))
-    weights = weights_with_sink(raw, scores.sinks).to(v.dtype)
+    if visible is not None or scores.slopes is not None:
+
+        def compute() -> Tensor:
+            return _added(1, k.shape[-2], visible, scores.slopes, raw.dtype, q.device)
+
+        key = "added", scores.slopes, raw.dtype
+        raw = raw + (compute() if visible is None else visible.kept(key, compute))
+    if scores.sinks is None:
+        weights = raw.softmax(dim=-1).to(v.dtype)
+    else:
+        column = scores.sinks.to(raw.dtype)[:, None, None].expand(*raw.shape[:-1], 1)
+        weights = torch.cat([raw, column], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype)
+    nothing = _allowed(1, k.shape[-2], visible, q.device)[1]
+    weights = weights if nothing is None else weights.masked_fill(nothing, 0.0)
     return (weights.squeeze(-2).unflatten(-2, (k.shape[-3], -1)) @ v).flatten(-3, -2).unsqueeze(-2)
 
 
@@ -149,13 +201,12 @@ def _with_additive_mask(
     q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores, options: dict[str, Any]
 ) -> Mixed:
     queries, keys = q.shape[-2], k.shape[-2]
-    allowed = causal_triangle(queries, keys, q.device) if visible is None else visible.matrix()
-    nothing = ~allowed.any(dim=-1, keepdim=True)
-    added = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
-    if scores.slopes is not None:
-        away = distances(queries, keys, q.device) if visible is None else visible.distance(*visible.everything)
-        added = added - (scores.slopes[:, None, None] * away).to(q.dtype)
-    added = added.masked_fill(nothing, 0.0)
+    nothing = _allowed(queries, keys, visible, q.device)[1]
+
+    def compute() -> Tensor:
+        return _added(queries, keys, visible, scores.slopes, q.dtype, q.device)
+
+    added = compute() if visible is None else visible.kept(("added", scores.slopes, q.dtype), compute)
     if scores.sinks is not None:
         heads = q.shape[-3]
         added = (
@@ -164,8 +215,27 @@ def _with_additive_mask(
         column = scores.sinks.to(q.dtype)[:, None, None].expand(*added.shape[:-1], 1)
         added = torch.cat([added, column], dim=-1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    if added.ndim == 3 and q.ndim == 4:
+        added = added.unsqueeze(0)  # torch's fused kernel on CPUs knows masks of two and four dimensions
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, **options)
-    return out.masked_fill(nothing, 0.0)
+    return out if nothing is None else out.masked_fill(nothing, 0.0)
+
+
+def _added(
+    queries: int,
+    keys: int,
+    visible: Visibility | None,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Float[Tensor, "... q k"]:
+    """What is added to the scores: 0 or −inf, minus slope · distance."""
+    allowed, nothing = _allowed(queries, keys, visible, device)
+    added = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, float("-inf"))
+    if slopes is not None:
+        away = distances(queries, keys, device) if visible is None else visible.distance(*visible.everything)
+        added = added - (slopes[:, None, None] * away).to(dtype)
+    return added if nothing is None else added.masked_fill(nothing, 0.0)
 
 
 def auto_attention(

@@ -12,6 +12,7 @@ expert's load: nothing is dropped here. A choice with gate 0 adds nothing and se
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scratchlm.kernels.matvec import linear
+from scratchlm.kernels.matmul import linear
 
 Tokens = Float[Tensor, "tokens d_model"]
 Up = Float[Tensor, "experts inner d_model"]
@@ -87,8 +88,9 @@ def grouped_experts(
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
     tokens, k = experts.shape
     alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if alone and x.device.type == "cpu" and tokens * k <= FEW_PAIRS:
-        return _few(x, experts, gates, up, down, activate, up_bias, down_bias)
+    if alone and tokens and x.device.type == "cpu":
+        each = _for_one_token if tokens == 1 else _each_where_it_lies
+        return each(x, experts, gates, up, down, activate, up_bias, down_bias)
     owner, order = experts.flatten().sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     numbers = torch.arange(len(up), device=owner.device, dtype=owner.dtype)
@@ -104,11 +106,27 @@ def grouped_experts(
     return (chosen * gates[..., None]).sum(1).to(y.dtype)
 
 
-FEW_PAIRS = 32
-"""Up to here the grouped matmuls' preparations cost more than the products (one token written at a time)."""
+def _for_one_token(
+    x: Tokens,
+    experts: Int[Tensor, "1 k"],
+    gates: Float[Tensor, "1 k"],
+    up: Up,
+    down: Down,
+    activate: Callable[[Tensor], Tensor],
+    up_bias: UpBias | None,
+    down_bias: DownBias | None,
+) -> Tokens:
+    """The same for the newest token alone: nothing to sort."""
+    chosen = experts[0].tolist()
+    inner = torch.cat([linear(x, up[expert]) for expert in chosen])
+    inner = activate(inner if up_bias is None else inner + up_bias[experts[0]].to(inner.dtype))
+    y = torch.cat([linear(row, down[expert]) for row, expert in zip(inner.split(1), chosen, strict=True)])
+    y = y if down_bias is None else y + down_bias[experts[0]].to(y.dtype)
+    wide = torch.promote_types(y.dtype, gates.dtype)
+    return (gates.to(wide) @ y.to(wide)).to(y.dtype)
 
 
-def _few(
+def _each_where_it_lies(
     x: Tokens,
     experts: Int[Tensor, "tokens k"],
     gates: Float[Tensor, "tokens k"],
@@ -118,19 +136,23 @@ def _few(
     up_bias: UpBias | None,
     down_bias: DownBias | None,
 ) -> Tokens:
-    """The same, expert by expert of those that are asked: their weights are read where they lie."""
-    mixture = torch.zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(x.dtype, gates.dtype))
-    pairs: dict[int, list[tuple[int, int]]] = {}
-    for token, chosen in enumerate(experts.tolist()):
-        for choice, expert in enumerate(chosen):
-            pairs.setdefault(expert, []).append((token, choice))
-    for expert, places in pairs.items():
-        rows = x if len(x) == 1 else x[[token for token, _ in places]]
-        inner = linear(rows, up[expert], None if up_bias is None else up_bias[expert].to(rows.dtype))
-        y = linear(activate(inner), down[expert], None if down_bias is None else down_bias[expert].to(rows.dtype))
-        for row, (token, choice) in zip(y, places, strict=True):
-            mixture[token] += gates[token, choice] * row
-    return mixture.to(x.dtype)
+    """The same on a CPU without gradients: expert by expert of those that are asked, their weights read where they lie."""
+    order = experts.flatten().argsort(stable=True)
+    ends = experts.flatten().bincount(minlength=len(up)).cumsum(0).tolist()
+    shares = [
+        (expert, start, end) for expert, (start, end) in enumerate(itertools.pairwise([0, *ends])) if start < end
+    ]
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = bias if bias is None else bias.to(rows.dtype)
+        return torch.cat(
+            [linear(rows[s:e], weight[expert], None if bias is None else bias[expert]) for expert, s, e in shares]
+        )
+
+    inner = product(x.index_select(0, order // experts.shape[1]), up, up_bias)
+    y = product(activate(inner), down, down_bias)
+    chosen = torch.empty_like(y).index_copy_(0, order, y).view(*experts.shape, -1)
+    return (chosen * gates[..., None]).sum(1).to(y.dtype)
 
 
 class _Rows(torch.autograd.Function):

@@ -7,9 +7,9 @@ less: per block of queries only the columns that some query of the block may rea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +19,7 @@ BLOCK = 128
 """Queries per block of the blocked kernels."""
 
 Span = tuple[int, int]
+Result = TypeVar("Result")
 
 
 class Rule:
@@ -27,10 +28,12 @@ class Rule:
     Attributes:
         is_plain_causal: True only for the causal triangle, which kernels know without any matrix.
         shift_invariant: the answer depends on the distance alone, so that places in a row do as well as positions.
+        reads_all_in_reach: a query reads each of the last `reach` positions.
     """
 
     is_plain_causal: ClassVar[bool] = False
     shift_invariant: ClassVar[bool] = False
+    reads_all_in_reach: ClassVar[bool] = False
 
     def allowed(
         self, queries: Int[Tensor, "... q"], keys: Int[Tensor, "... k"], prefix: int | Tensor = 0
@@ -123,6 +126,7 @@ class Visibility:
         block: queries per block.
         parts: the same in parts that share no pair, each with a plan of its own; empty: in one.
         order: the order in which this part takes the positions, (length,); None: as they are.
+        memo: what kernels computed from it for one layer and other layers ask for again.
     """
 
     rule: Rule
@@ -136,6 +140,7 @@ class Visibility:
     block: int = BLOCK
     parts: tuple[Visibility, ...] = ()
     order: Int[Tensor, " length"] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of_sequence(
@@ -201,7 +206,15 @@ class Visibility:
         cut = slice(self.keys.shape[-1] - columns, None)
         documents = None if self.key_documents is None else self.key_documents[..., cut]
         mask = None if self.key_mask is None else self.key_mask[..., cut]
-        return replace(self, keys=self.keys[..., cut], key_documents=documents, key_mask=mask)
+        return replace(self, keys=self.keys[..., cut], key_documents=documents, key_mask=mask, memo={})
+
+    @property
+    def is_triangle(self) -> bool:
+        """Whether it is the plain causal triangle after all: nothing lies beyond a window's reach."""
+        queries, keys = self.queries.shape[-1], self.keys.shape[-1]
+        plain = self.rule.reads_all_in_reach and self.rule.reach is not None and keys <= self.rule.reach
+        undisturbed = self.key_mask is None and self.query_documents is None
+        return plain and undisturbed and self.queries.ndim == 1 and (queries == keys or queries == 1)
 
     @property
     def everything(self) -> tuple[slice, Span]:
@@ -210,7 +223,16 @@ class Visibility:
 
     def matrix(self) -> Bool[Tensor, "... q k"]:
         """The dense mask."""
-        return self.tile(*self.everything)
+        return self.kept("matrix", lambda: self.tile(*self.everything))
+
+    def kept(self, key: Any, compute: Callable[[], Result]) -> Result:
+        """The result of `compute`, which is called once per key. Without gradient: it serves several passes backward."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if key not in self.memo:
+            with torch.no_grad():
+                self.memo[key] = compute()
+        return self.memo[key]
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,7 +72,10 @@ class SoftmaxAttention(nn.Module):
     def visible(self, context: Context, keys: int) -> Visibility | None:
         """Who may read whom among the `keys` that there are (a cache of a window holds the last ones)."""
         visible = context.visible.get(self.mask)
-        return visible if visible is None else visible.last(keys)
+        if visible is None:
+            return None
+        visible = visible.last(keys)
+        return None if visible.is_triangle else visible
 
     def scores(self, slopes: Tensor | None) -> Scores:
         """What is done to this layer's scores."""
@@ -115,8 +118,11 @@ class MultiHeadAttention(SoftmaxAttention):
     def forward(
         self, x: Float[Tensor, "... length d_model"], context: Context
     ) -> Float[Tensor, "... length d_model"]:
-        heads = split_heads(self.qkv(x), self.heads + 2 * self.kv_heads)
-        if self.clip is None and self.unnormed:  # queries and keys lie side by side: one rotation turns both
+        projected = self.qkv(x)
+        if self.clip is not None and self.unnormed:
+            projected = projected.clamp(-self.clip, self.clip)
+        heads = split_heads(projected, self.heads + 2 * self.kv_heads)
+        if self.unnormed:  # queries and keys lie side by side: one rotation turns both
             qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=-3)
             q, k = self.position(qk, context.positions, context.memo).split([self.heads, self.kv_heads], dim=-3)
         else:

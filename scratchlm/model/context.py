@@ -87,7 +87,7 @@ class Context:
         cache: keys, values and states of earlier tokens, or None.
         documents: document number of each token, (…, length), for layers that keep a state; None: one document.
         valid: False for padding among the new tokens, (batch, length); None: there is none.
-        routers: every router of the pass appends its record here.
+        routers: every router of the pass appends its record here; none does where there is a cache, in generation.
         memo: what positions computed for one layer and others ask for again.
     """
 

@@ -8,7 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scratchlm.kernels.matvec import linear
+from scratchlm.kernels.matmul import linear
 
 
 class Linear(nn.Module):

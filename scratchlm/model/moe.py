@@ -106,19 +106,20 @@ class MixtureOfExperts(nn.Module):
         self.shared_gate = Linear(config.d_model, 1, role="router", reference=reference) if gated else None
 
     def forward(self, x: Float[Tensor, "... d_model"], context: Context) -> Float[Tensor, "... d_model"]:
-        """The mixture; appends a :class:`~scratchlm.model.context.RouterRecord` to `context.routers`."""
+        """The mixture; appends a :class:`~scratchlm.model.context.RouterRecord` to `context.routers`, but not in generation."""
         routing = self.router(x)
         experts, gates = routing.experts.reshape(-1, self.k), routing.gates.reshape(-1, self.k)
-        flat = experts.detach().flatten()
-        load = torch.zeros(self.n_experts, device=x.device).scatter_add_(
-            0, flat, torch.ones_like(flat, dtype=torch.float32)
-        )
+        load: Tensor | None = None
         dropped = torch.zeros((), device=x.device)
-        if self.training and self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * len(flat) / self.n_experts)
-            kept = within_capacity(experts, load, capacity)
-            gates = gates.masked_fill(~kept, 0.0)
-            dropped = (~kept).sum().float()
+        if context.cache is None:
+            flat = experts.detach().flatten()
+            load = torch.zeros(self.n_experts, device=x.device)
+            load = load.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+            if self.training and self.capacity_factor is not None:
+                capacity = math.ceil(self.capacity_factor * len(flat) / self.n_experts)
+                kept = within_capacity(experts, load, capacity)
+                gates = gates.masked_fill(~kept, 0.0)
+                dropped = (~kept).sum().float()
         y = self.dispatch(
             x.reshape(-1, self.d_model),
             experts,
@@ -129,9 +130,9 @@ class MixtureOfExperts(nn.Module):
             self.up.bias,
             self.down.bias,
         ).view(x.shape)
-        context.routers.append(
-            RouterRecord(self.layer, self._loss(routing), load, dropped, entropy(routing.shares.detach()))
-        )
+        if load is not None:
+            spread = entropy(routing.shares.detach())
+            context.routers.append(RouterRecord(self.layer, self._loss(routing), load, dropped, spread))
         if self.shared is None:
             return y
         always = self.shared(x, context)

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scratchlm.kernels import rms_norm
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 
@@ -20,6 +21,7 @@ class Norm(nn.Module):
     Attributes:
         scaled, shifted: whether the kind has a gain g and a shift b.
         offset: the gain is offset + weight; weights start so that it is 1.
+        widens_itself: torch's fused function takes bf16 and fp16 and computes in fp32.
 
     Args:
         width: how many features are normed together.
@@ -32,6 +34,7 @@ class Norm(nn.Module):
     scaled: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
     offset: ClassVar[float] = 0.0
+    widens_itself: ClassVar[bool] = False
 
     def __init__(self, width: int, eps: float = 1e-5, *, rows: int | None = None, reference: bool = False) -> None:
         super().__init__()
@@ -44,7 +47,8 @@ class Norm(nn.Module):
                 parameter.role = role  # type: ignore[attr-defined]
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        plain = self.rows is None and not self.offset and x.dtype in (torch.float32, torch.float64)
+        wide_enough = x.dtype in (torch.float32, torch.float64) or (self.widens_itself and not self.reference)
+        plain = self.rows is None and not self.offset and wide_enough
         if plain and (self.weight is None or self.weight.dtype == x.dtype):  # nothing to widen
             return self.normalise(x, self.weight, self.bias)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -75,6 +79,11 @@ class RMSNorm(Norm):
     RMS(x) = sqrt(mean(x²) + ε)
     """
 
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        if self.rows is None and not self.reference and rms_norm.fits(x, self.weight):
+            return rms_norm.rms_norm(x, self.weight, self.eps, self.offset)
+        return super().forward(x)
+
     def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
         if not self.reference:
             return F.rms_norm(x, (self.width,), gain, self.eps)
@@ -98,6 +107,7 @@ class LayerNorm(Norm):
     """(x − mean) / sqrt(var + ε) · g + b (Ba et al. 2016, arXiv 1607.06450; the original Transformer, GPT-2)."""
 
     shifted = True
+    widens_itself = True
 
     def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
         if not self.reference:

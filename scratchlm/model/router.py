@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scratchlm.kernels import functions
+from scratchlm.kernels.matmul import linear
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.linear import Linear
 
@@ -115,7 +116,7 @@ class Router(nn.Module):
         if self.reference:
             product = einsum(x, weight, "... d, experts d -> ... experts")
             return product if bias is None else product + bias
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def _choose(self, values: Float[Tensor, "... experts"]) -> Int[Tensor, "... k"]:
         """The k best, from the best groups alone where there are any."""

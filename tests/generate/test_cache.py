@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
 from scratchlm.generate import KVCache
 from scratchlm.model import ModelConfig, Transformer
+from scratchlm.model.mask import window_slots
 
 BASE = {"vocab_size": 50, "context_length": 24, "d_model": 32, "layers": 2, "heads": 4, "d_ff": 48}
 VARIANTS = [
@@ -140,3 +143,38 @@ def test_too_many_tokens_and_empty_caches_are_refused():
     for batch, length in ((0, 4), (1, 0)):
         with pytest.raises(UserError, match="holds nothing"):
             KVCache(config, batch, length)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 3))
+def test_a_window_holds_the_last_positions_whatever_the_pieces(reach: int, sizes: list[int], rows: int) -> None:
+    total = sum(sizes)
+    written = torch.arange(rows * total * 2, dtype=torch.float64).view(rows, 1, total, 2)
+    cache = KVCache(ModelConfig(**{**BASE, "layers": 1}), rows, total)
+    at = 0
+    for size in sizes:
+        piece = written[:, :, at : at + size]
+        kept = cache.append(0, {"k": piece, "v": -piece}, reach)
+        at += size
+        first = max(0, at - size - reach + 1)
+        assert kept["k"].equal(written[:, :, first:at]) and kept["v"].equal(-kept["k"])
+        assert cache._slots[0]["k"].shape[-2] == min(window_slots(reach), total)
+        cache.advance(size)
+
+
+def test_most_steps_of_a_window_move_nothing() -> None:
+    cache, moves = KVCache(ModelConfig(**{**BASE, "layers": 1}), 1, 2000), 0
+    for step in range(2000):
+        cache.append(0, {"k": torch.full((1, 1, 1, 2), float(step))}, 64)
+        moves += cache._ends[0]["k"] == 63  # the window is at the front again
+        cache.advance(1)
+    assert 1 <= moves <= 2000 // 32
+
+
+def test_dropping_rows_keeps_windows() -> None:
+    cache = KVCache(ModelConfig(**{**BASE, "layers": 1}), 3, 50)
+    cache.append(0, {"k": torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 9, 2)}, 4)
+    cache.advance(9)
+    cache.keep([2, 0])
+    kept = cache.append(0, {"k": torch.full((2, 1, 1, 2), 7.0)}, 4)["k"]
+    assert kept[:, 0, :, 0].tolist() == [[2, 2, 2, 7], [0, 0, 0, 7]]

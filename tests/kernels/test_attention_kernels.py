@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,56 @@ def test_everything_that_happens_to_scores(kernel: Callable[..., Tensor], plan: 
     for row in range(2):
         expected = by_formula(q[row], k[row], v[row], matrix, scores, lambda i, j: abs(i - j))
         np.testing.assert_allclose(ours[row].numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("what", ["sinks", "slopes", "both"])
+@pytest.mark.parametrize("length", [1, 2, 9, 140])
+def test_reading_without_gradients(
+    length: int, what: str, kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sinks from the sums that flash attention tells, ALiBi as one mask: as the formula; with gradients nothing is asked."""
+    flash, real = [], kernels._flash_with_sinks
+    monkeypatch.setattr(kernels, "_flash_with_sinks", lambda *given: flash.append(1) or real(*given))
+    q, k, v = (t.to(dtype) for t in drawn(length, kv_heads=kv_heads, dtype=torch.float64))
+    sinks = torch.tensor([0.5, -30.0, 2.0, 40.0], dtype=dtype)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
+    scores = Scores(0.7, None, None if what == "sinks" else slopes, None if what == "slopes" else sinks)
+    with torch.no_grad():
+        found = auto_attention(q, k, v, None, scores)
+    exact = reference_attention(q.double(), k.double(), v.double(), None, scores)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= tolerance * (1 + exact.abs().max())
+    assert bool(flash) == (what == "sinks" and length > 1)
+    flash.clear()
+    sinks.requires_grad_()
+    auto_attention(q, k, v, None, scores)
+    assert not flash
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_layers_share_what_follows_from_the_mask(
+    dtype: torch.dtype, sunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask and ALiBi's distances are computed for the first layer of a pass, and are each layer's own where they differ."""
+    asked: list[int] = []
+    visible = seen(torch.ones(9, 9).tril().bool() & (torch.rand(9, 9) < 0.7) | torch.eye(9).bool())
+    tile = Visibility.tile
+    monkeypatch.setattr(Visibility, "tile", lambda self, *given: asked.append(1) or tile(self, *given))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sunk else None
+    for slopes in (torch.tensor([0.5, 0.25, 0.1, 0.7]), torch.tensor([0.1, 0.2, 0.3, 0.4])):
+        for seed in (1, 2):
+            q, k, v = (seed * t for t in drawn(9, kv_heads=2, dtype=dtype))
+            scores = Scores(slopes=slopes, sinks=sinks)
+            found = sdpa_attention(q, k, v, visible, scores)
+            fresh = replace(visible, memo={})
+            exact = reference_attention(q.double(), k.double(), v.double(), fresh, scores)
+            asked.pop()  # by the formula
+            assert (found.double() - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5) * 4
+    assert len(asked) == 1
 
 
 @every_kernel

@@ -212,20 +212,39 @@ def test_autocast(dispatch: Callable[..., Tensor]) -> None:
 
 @every_load
 @pytest.mark.parametrize("biased", [True, False])
-def test_few_pairs_are_computed_expert_by_expert(
-    load: Callable[[torch.Generator], Tensor], biased: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("alone", [True, False], ids=["one token", "all tokens"])
+def test_without_gradients_experts_are_read_where_they_lie(
+    load: Callable[[torch.Generator], Tensor], biased: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way of generation, here for any number of pairs: as the formula, and only where no gradient is wanted."""
+    """The ways of reading and writing text: as the formula, and only where no gradient is wanted."""
     experts, (x, gates, up, down, up_bias, down_bias) = drawn(load, torch.float64)
+    if alone:
+        experts, x, gates = experts[:1], x[:1], gates[:1]
     biases = (up_bias, down_bias) if biased else (None, None)
-    taken = []
-    few = kernels._few
-    monkeypatch.setattr(kernels, "_few", lambda *arguments: taken.append(1) or few(*arguments))
-    monkeypatch.setattr(kernels, "FEW_PAIRS", 10**6)
+    taken: list[str] = []
+    for name in ("_for_one_token", "_each_where_it_lies"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *given, n=name, real=real: taken.append(n) or real(*given))
     with torch.no_grad():
         found = grouped_experts(x, experts, gates, up, down, swiglu, *biases)
         wanted = reference_experts(x, experts, gates, up, down, swiglu, *biases)
-    assert taken == [1] and found.shape == wanted.shape and found.dtype == wanted.dtype
+    assert taken == ([] if not len(x) else ["_for_one_token" if len(x) == 1 else "_each_where_it_lies"])
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    before = len(taken)
     grouped_experts(x, experts, gates, up, down, swiglu, *biases)
-    assert taken == [1]
+    assert len(taken) == before
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_without_gradients_in_bf16_with_gates_in_fp32(tokens: int) -> None:
+    experts, tensors = drawn(LOADS["random"], torch.float64)
+    x, gates, up, down, up_bias, down_bias = (t.bfloat16() for t in tensors)
+    given = x[:tokens], experts[:tokens], gates[:tokens].float(), up, down, swiglu, up_bias, down_bias.float()
+    with torch.no_grad():
+        found = grouped_experts(*given)
+        exact = reference_experts(
+            *(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given)
+        )
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).abs().max() < 0.03 * exact.abs().max()

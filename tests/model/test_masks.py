@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -282,3 +283,16 @@ def test_the_columns_a_rule_says_are_those_found_by_asking(
     plan = columns_per_block(rule, length, block, prefix)
     for start, spans in zip(range(0, length, block), plan, strict=True):
         assert spans == spans_by_asking(rule, start, min(start + block, length), length, prefix)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("keys", [4, 5, 6])
+def test_a_window_beyond_all_keys_is_the_triangle(queries: int, keys: int) -> None:
+    places = torch.arange(keys)
+    seen = Visibility(SlidingWindow(5), places[keys - queries :], places)
+    plain = Visibility(Causal(), places[keys - queries :], places)
+    assert seen.is_triangle == (keys <= 5 and queries in (1, keys))
+    assert not seen.is_triangle or seen.matrix().equal(plain.matrix())
+    for change in ({"key_mask": torch.ones(1, keys).bool()}, {"query_documents": places, "key_documents": places}):
+        assert not replace(seen, **change).is_triangle
+    assert not replace(seen, rule=Strided(5)).is_triangle

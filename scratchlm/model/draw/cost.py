@@ -12,6 +12,7 @@ from scratchlm.evaluate.report import amount
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.style import COLOURS, HUES, Picture, Theme, dress, legend, new_figure
+from scratchlm.model.mask import window_slots
 from scratchlm.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def kept_by(config: ModelConfig) -> list[Kept]:
     for layer in range(config.layers):
         kind = choices.ATTENTION.get(config.attention_at(layer))
         reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
-        tokens = None if reach is None else reach - 1
+        tokens = None if reach is None else window_slots(reach)
         layers.append(Kept(kind.cache_widths(config), kind.state_size(config), tokens, kind.wide_size(config)))
     return layers
 

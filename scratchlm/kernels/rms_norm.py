@@ -1,0 +1,57 @@
+"""x / RMS(x) · g on a CPU in one pass over each row (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+``torch.nn.functional.rms_norm`` is a chain of eight operations on a CPU. This is for reading and writing text: no gradient. When it
+is used: :func:`fits`. The formula it is held equal to: :class:`scratchlm.model.norm.RMSNorm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scratchlm.kernels.matmul import nobody_watches
+
+
+def fits(x: Tensor, gain: Tensor | None) -> bool:
+    """Whether :func:`rms_norm` may be called: fp32 or bf16 on the CPU, and nobody watches."""
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and (gain is None or gain.dtype == x.dtype)
+        and nobody_watches(x, gain)
+    )
+
+
+def rms_norm(
+    x: Float[Tensor, "... width"], gain: Float[Tensor, " width"] | None, eps: float, offset: float = 0.0
+) -> Float[Tensor, "... width"]:
+    """x / sqrt(mean(x²) + ε) · (offset + gain) over the last dimension, in fp32; returned in x's dtype. Without gradient.
+
+    Args:
+        x: fp32 or bf16, on the CPU.
+        gain: of x's dtype; None: nothing is multiplied, and `offset` is not used.
+        eps: ε.
+        offset: added to the gain.
+    """
+    from scratchlm.kernels import compiled_rows
+
+    x = x.contiguous()
+    gain = gain if gain is None else gain.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    compiled_rows.call(
+        compiled_rows.RMS_NORM,
+        x.data_ptr(),
+        0 if gain is None else gain.data_ptr(),
+        float(offset),
+        float(eps),
+        y.data_ptr(),
+        x.numel() // width,
+        width,
+        dtype=x.dtype,
+        numbers=x.numel(),
+    )
+    return y
