@@ -9,7 +9,7 @@ head h // (heads / kv_heads).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,17 @@ def weights_with_sink(
     return softmax(torch.cat([scores, column], dim=-1))[..., :-1]
 
 
+def scaled_and_capped(raw: Tensor, scores: Scores, head_dim: int) -> Tensor:
+    """Products q · k, which nobody else holds, as scores in fp32 at least; in place where no gradient is wanted."""
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    scale = scores.scale_of(head_dim)
+    if torch.is_grad_enabled():
+        return soft_cap(raw * scale, scores.soft_cap)
+    if scores.soft_cap is None:
+        return raw.mul_(scale)
+    return raw.mul_(scale / scores.soft_cap).tanh_().mul_(scores.soft_cap)
+
+
 def reference_attention(
     q: Queries, k: Keys, v: Values, visible: Visibility | None = None, scores: Scores = PLAIN
 ) -> Mixed:
@@ -105,6 +116,12 @@ def sdpa_attention(
     """
     if scores.soft_cap is not None:
         return reference_attention(q, k, v, visible, scores)
+    if q.shape[-1] != v.shape[-1] and q.shape[-2] > 1:
+        # Latent attention: torch's fused kernels want keys and values of one width, and zeros change neither.
+        width = max(q.shape[-1], v.shape[-1])
+        scores = replace(scores, scale=scores.scale_of(q.shape[-1]))
+        wide = [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
+        return sdpa_attention(wide[0], wide[1], wide[2], visible, scores)[..., : v.shape[-1]]
     queries, keys = q.shape[-2], k.shape[-2]
     options: dict[str, Any] = {
         "scale": scores.scale_of(q.shape[-1]),
@@ -127,8 +144,8 @@ def sdpa_attention(
     if not scores.dropout:
         if queries == 1:
             return _newest_token(q, k, v, visible, scores)
-        if scores.slopes is None and visible is None and queries == keys and _flash_tells_sums(q, k, v):
-            return _flash_with_sinks(q, k, v, scores)
+        if queries == keys and _flash_tells_sums(q, k, v, visible, scores):
+            return _flash_with_sinks(q, k, v, visible, scores)
     return _with_additive_mask(q, k, v, visible, scores, options)
 
 
@@ -147,10 +164,15 @@ def _allowed(
     return allowed, visible.kept("nothing", lambda: ~allowed.any(dim=-1, keepdim=True))
 
 
-def _flash_tells_sums(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's flash attention can be asked for log Σ exp(score) beside its output: on CPUs, without gradients."""
+def _flash_tells_sums(q: Tensor, k: Tensor, v: Tensor, visible: Visibility | None, scores: Scores) -> bool:
+    """Whether sinks alone are asked for, and torch's flash attention can be asked for log Σ exp(score) beside its output: on
+    CPUs, without gradients."""
     return (
         q.device.type == "cpu"
+        and scores.sinks is not None
+        and scores.slopes is None
+        and scores.soft_cap is None
+        and (visible is None or (visible.key_mask is None and visible.queries is visible.keys))
         and q.ndim == 4
         and q.shape[-1] == v.shape[-1]
         and q.numel() > 0
@@ -160,14 +182,19 @@ def _flash_tells_sums(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _flash_with_sinks(q: Queries, k: Keys, v: Values, scores: Scores) -> Mixed:
+def _flash_with_sinks(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
     """A sink takes exp(sink) / (exp(sink) + Σ exp(score)) of the softmax: what is left of the output is σ(log Σ − sink)."""
     assert scores.sinks is not None
-    group = q.shape[-3] // k.shape[-3]
+    length, group = q.shape[-2], q.shape[-3] // k.shape[-3]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    mask = None
+    if visible is not None:
+        key = "added", None, q.dtype
+        mask = visible.kept(key, lambda: _added(length, length, visible, None, q.dtype, q.device))
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, True, scale=scores.scale_of(q.shape[-1])
+        q, k, v, 0.0, mask is None, attn_mask=mask, scale=scores.scale_of(q.shape[-1])
     )
     left = torch.sigmoid(log_sum - scores.sinks.to(log_sum.dtype)[:, None])
     return (out * left.unsqueeze(-1)).to(out.dtype)
@@ -238,19 +265,25 @@ def _added(
     return added if nothing is None else added.masked_fill(nothing, 0.0)
 
 
+SHORT = 512
+"""Up to this length a mask costs less than the operations of attention in blocks."""
+
+
 def auto_attention(
     q: Queries, k: Keys, v: Values, visible: Visibility | None = None, scores: Scores = PLAIN
 ) -> Mixed:
     """The fastest for the place.
 
     Blocks where they leave out work (a mask with a plan), where torch's kernel cannot go (a soft cap) or is slower (a short
-    compiled sequence on a CPU); torch's kernel elsewhere.
+    compiled sequence on a CPU); torch's kernel elsewhere, also for sinks in a short text that is only read.
     """
     from scratchlm.kernels.blocked_attention import blocked_attention
 
     whole = q.shape[-2] == k.shape[-2]
     sparse = visible is not None and visible.planned and not visible.rule.is_plain_causal
     short_on_cpu = q.device.type == "cpu" and torch.compiler.is_compiling() and q.shape[-2] <= 1024
+    if whole and q.shape[-2] <= SHORT and not scores.dropout and _flash_tells_sums(q, k, v, visible, scores):
+        return sdpa_attention(q, k, v, visible, scores)
     if whole and (sparse or short_on_cpu or scores.soft_cap is not None):
         return blocked_attention(q, k, v, visible, scores)
     return sdpa_attention(q, k, v, visible, scores)

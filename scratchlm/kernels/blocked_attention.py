@@ -15,10 +15,10 @@ from scratchlm.kernels.attention import (
     Values,
     causal_triangle,
     distances,
+    scaled_and_capped,
     sdpa_attention,
     weights_with_sink,
 )
-from scratchlm.kernels.functions import soft_cap
 from scratchlm.kernels.visibility import BLOCK, Span, Visibility, take
 
 
@@ -83,15 +83,16 @@ def _scores(
     q: Tensor, k: Tensor, visible: Visibility | None, scores: Scores, rows: slice, columns: Span | Tensor
 ) -> Tensor:
     """Everything up to the softmax, −inf where nothing may be read."""
-    raw = q @ k.transpose(-1, -2)
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scores.scale_of(q.shape[-1])
-    raw = soft_cap(raw, scores.soft_cap)
+    raw = scaled_and_capped(q @ k.transpose(-1, -2), scores, q.shape[-1])
     sizes = rows.stop - rows.start, rows.stop  # without a rule the block reads up to its own end
     if scores.slopes is not None:
         away = distances(*sizes, q.device) if visible is None else visible.distance(rows, columns)
         raw = raw - scores.slopes.to(raw.dtype)[:, None, None] * away
     allowed = causal_triangle(*sizes, q.device) if visible is None else visible.tile(rows, columns)
-    return raw.masked_fill(~allowed, float("-inf"))
+    hide = (
+        raw.masked_fill if torch.is_grad_enabled() else raw.masked_fill_
+    )  # in place: nobody else holds the scores
+    return hide(~allowed, float("-inf"))
 
 
 Partial = tuple[Tensor, Tensor, Tensor]

@@ -20,7 +20,7 @@ from scratchlm.kernels.attention import Scores, auto_attention, reference_attent
 from scratchlm.kernels.blocked_attention import blocked_attention
 from scratchlm.kernels.flex_attention import flex_attention
 from scratchlm.kernels.visibility import Rule, Visibility, columns_per_block, plan_of, scores_computed
-from scratchlm.model.mask import Strided
+from scratchlm.model.mask import SlidingWindow, Strided
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
@@ -185,8 +185,8 @@ def test_everything_that_happens_to_scores(kernel: Callable[..., Tensor], plan: 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("what", ["sinks", "slopes", "both"])
-@pytest.mark.parametrize("length", [1, 2, 9, 140])
+@pytest.mark.parametrize("what", ["sinks", "slopes", "both", "sinks and a window"])
+@pytest.mark.parametrize("length", [1, 2, 9, 140, 600])
 def test_reading_without_gradients(
     length: int, what: str, kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,17 +196,19 @@ def test_reading_without_gradients(
     q, k, v = (t.to(dtype) for t in drawn(length, kv_heads=kv_heads, dtype=torch.float64))
     sinks = torch.tensor([0.5, -30.0, 2.0, 40.0], dtype=dtype)
     slopes = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
-    scores = Scores(0.7, None, None if what == "sinks" else slopes, None if what == "slopes" else sinks)
+    scores = Scores(0.7, None, slopes if what in ("slopes", "both") else None, None if what == "slopes" else sinks)
+    visible = Visibility.of_sequence(SlidingWindow(5), length) if "window" in what else None
     with torch.no_grad():
-        found = auto_attention(q, k, v, None, scores)
-    exact = reference_attention(q.double(), k.double(), v.double(), None, scores)
+        found = auto_attention(q, k, v, visible, scores)
+    exact = reference_attention(q.double(), k.double(), v.double(), visible, scores)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= tolerance * (1 + exact.abs().max())
-    assert bool(flash) == (what == "sinks" and length > 1)
+    short = length <= kernels.SHORT or visible is None
+    assert bool(flash) == (what.startswith("sinks") and length > 1 and short)
     flash.clear()
     sinks.requires_grad_()
-    auto_attention(q, k, v, None, scores)
+    auto_attention(q, k, v, visible, scores)
     assert not flash
 
 
@@ -231,6 +233,37 @@ def test_layers_share_what_follows_from_the_mask(
             asked.pop()  # by the formula
             assert (found.double() - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5) * 4
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("kernel", [blocked_attention, auto_attention])
+def test_reading_in_place_changes_nobodys_tensors(kernel: Callable[..., Tensor], cap: float | None) -> None:
+    q, k, v = drawn(140, kv_heads=2)
+    before = [t.clone() for t in (q, k, v)]
+    visible = Visibility.of_sequence(SlidingWindow(9), 140)
+    slow = kernel(q.clone().requires_grad_(), k, v, visible, Scores(0.7, cap))
+    with torch.no_grad():
+        fast = kernel(q, k, v, visible, Scores(0.7, cap))
+        assert all(a.equal(b) for a, b in zip((q, k, v), before, strict=True))
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("widths", [(6, 4), (4, 6)])
+def test_keys_and_values_of_different_widths_reach_the_fused_kernel(
+    widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen_by_torch: list[tuple[int, int]] = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **o: seen_by_torch.append((k.shape[-1], v.shape[-1])) or real(q, k, v, **o),
+    )
+    q, k, v = drawn(9, kv_heads=2)
+    q, k, v = q[..., : widths[0]], k[..., : widths[0]], v[..., : widths[1]]
+    found = sdpa_attention(q, k, v)
+    assert seen_by_torch == [(6, 6)] and found.shape[-1] == widths[1]
+    torch.testing.assert_close(found, reference_attention(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @every_kernel
