@@ -1,0 +1,412 @@
+"""What a recipe needs: parameters, FLOPs, memory, time and money, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from scratchlm.config import Recipe
+from scratchlm.generate.cache import KVCache
+from scratchlm.model.config import ModelConfig
+from scratchlm.model.draw.hollow import hollow
+from scratchlm.resources.step import Step, trace_step
+from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
+from scratchlm.resources.trace import Operation
+
+BIT_8_STATES = 2 + 8 / 256
+"""Bytes per parameter of two moments in 8 bits with a 32-bit scale per block of 256 (Dettmers et al. 2022, arXiv 2110.02861)."""
+
+
+@dataclass
+class Component:
+    """A module, over all layers it is repeated in.
+
+    Attributes:
+        path: its dotted name, ``*`` for the number of the layer.
+        copies: how many modules it stands for.
+        params: its own parameters (not those of modules inside), all copies together.
+        forward, backward: FLOPs of its products per trained token.
+        kept: bytes of activations that its forward pass leaves for the backward pass.
+    """
+
+    path: str
+    copies: int = 0
+    params: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    kept: int = 0
+
+
+@dataclass
+class OperationGroup:
+    """Equal operations of one phase and component."""
+
+    phase: str
+    component: str
+    name: str
+    calls: int
+    flops: int
+    moved: int
+    seconds: float | None
+    bound: Bound | None
+
+    @property
+    def intensity(self) -> float:
+        return self.flops / max(1, self.moved)
+
+
+@dataclass
+class Memory:
+    """Bytes of one step.
+
+    Attributes:
+        peak: the most that lives at once.
+        moment: what runs then.
+        at_peak: kind → bytes.
+        by_component: component → bytes of activations and temporaries at the peak.
+        timeline: (phase, live bytes) at every operation.
+    """
+
+    peak: int
+    moment: str
+    at_peak: dict[str, int]
+    by_component: dict[str, int]
+    timeline: list[tuple[str, int]] = field(repr=False, default_factory=list)
+
+
+@dataclass
+class Time:
+    """Seconds of a step and what follows from them."""
+
+    machine: str
+    assumptions: tuple[str, ...]
+    compiled: bool
+    by_phase: dict[str, float]
+    step: float
+    tokens_per_second: float
+    model_flops_per_second: float
+    total: float
+    price: float | None
+
+
+@dataclass
+class Estimate:
+    """All of it; see :func:`estimate`."""
+
+    name: str
+    precision: str
+    micro_batch: int
+    accumulation: int
+    length: int
+    steps: int
+    params: int
+    active_params: int
+    embedding_params: int
+    forward_flops: float
+    backward_flops: float
+    model_flops: float
+    six_n: float
+    components: list[Component]
+    operations: list[OperationGroup]
+    memory: Memory
+    fixed_bytes: float
+    bytes_per_sequence: float
+    largest_micro_batch: int | None
+    cache_bytes_per_token: int
+    cache_bytes_bounded: int
+    savings: dict[str, int]
+    time: Time | None
+
+    @property
+    def tokens(self) -> int:
+        """Trained in the whole run."""
+        return self.steps * self.micro_batch * self.accumulation * self.length
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """The size of the tokenizer that the recipe will have, or has.
+
+    Raises:
+        UserError: the named tokenizer cannot be read.
+    """
+    if recipe.model.vocab_size:
+        return recipe.model.vocab_size
+    if recipe.tokenizer.path is not None:
+        from scratchlm.tokenizer import Tokenizer
+
+        return Tokenizer.load(recipe.tokenizer.path).vocab_size
+    return recipe.tokenizer.vocab_size
+
+
+def model_of(recipe: Recipe) -> ModelConfig:
+    """The recipe's model with its vocabulary."""
+    return recipe.model.model_copy(update={"vocab_size": vocabulary(recipe)})
+
+
+def collapsed(path: str) -> str:
+    """A module's path with ``*`` for numbers; what no module did is the head's and the loss's."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path) or "head and loss"
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    precision: str,
+    compiled: bool = False,
+    machine: Machine | None = None,
+    memory_bytes: float | None = None,
+    price_per_hour: float | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    savings: bool = True,
+    fused_dropout: bool = False,
+) -> Estimate:
+    """Trace a step of the recipe and add up.
+
+    Args:
+        recipe: nothing of it is run.
+        precision: ``bf16`` or ``fp32``.
+        compiled: whether passes between products are fused, for the time.
+        machine: gives times; None: no times.
+        memory_bytes: of the device, for the largest micro-batch; None: it is not said.
+        price_per_hour: for the money.
+        micro_batch: sequences at once; None: the recipe's.
+        accumulation: micro-batches per step; None: the recipe's.
+        savings: also trace what other choices would need.
+        fused_dropout: the device's fused attention drops weights without keeping scores (a GPU's does, a CPU's does not).
+    """
+    config = model_of(recipe)
+    if fused_dropout:
+        config = config.model_copy(update={"attention_dropout": 0.0})
+    parts = accumulation or recipe.train.accumulation
+    rows = micro_batch or recipe.train.batch_size // parts
+    length = config.context_length
+
+    def traced(batch: int, **changes: Any) -> Step:
+        given: dict[str, Any] = {"precision": precision, "accumulation": parts} | changes
+        train = recipe.train.model_copy(update={"loss_kernel": given.pop("loss_kernel", recipe.train.loss_kernel)})
+        return trace_step(config, recipe.optim, train, micro_batch=batch, **given)
+
+    step = traced(rows)
+    model = hollow(config)
+    memory = _memory(step)
+    other = 2 * rows if rows == 1 else rows // 2
+    peaks = {rows: memory.peak, other: traced(other).trace.peak()[1]}
+    slope = (peaks[rows] - peaks[other]) / (rows - other)
+    fixed = memory.peak - slope * rows
+    largest = None
+    if memory_bytes is not None:
+        largest = largest_fitting(lambda batch: traced(batch).trace.peak()[1], memory_bytes, peaks)
+    tokens = step.tokens
+    found = Estimate(
+        name=recipe.name,
+        precision=precision,
+        micro_batch=rows,
+        accumulation=parts,
+        length=length,
+        steps=recipe.train.steps,
+        params=model.num_params(),
+        active_params=model.num_active_params(),
+        embedding_params=model.embedding.num_params(),
+        forward_flops=step.trace.flops("forward") / tokens,
+        backward_flops=step.trace.flops("backward") / tokens,
+        model_flops=model.training_flops_per_token(length),
+        six_n=6 * model.num_active_params(),
+        components=_components(step),
+        operations=_operations(step, machine),
+        memory=memory,
+        fixed_bytes=fixed,
+        bytes_per_sequence=slope,
+        largest_micro_batch=largest,
+        cache_bytes_per_token=_cache(config, precision)[0],
+        cache_bytes_bounded=_cache(config, precision)[1],
+        savings=_savings(traced, step, rows, precision, recipe) if savings else {},
+        time=None if machine is None else _time(step, recipe, machine, compiled, model, price_per_hour),
+    )
+    return found
+
+
+def largest_fitting(peak: Callable[[int], int], memory: float, known: dict[int, int], tries: int = 8) -> int:
+    """The most sequences at once whose peak is within `memory`.
+
+    Bytes grow along nearly a line, which bends where another moment becomes the peak: the line through the two known points
+    nearest to the memory says where to look next.
+
+    Args:
+        peak: traces a step with so many sequences.
+        memory: bytes.
+        known: sequences → peak, at least two; new ones are added.
+        tries: how many more are traced at most.
+
+    Returns:
+        0 if not even one fits.
+    """
+    for attempt in range(tries):
+        fitting = max((rows for rows, bytes_ in known.items() if bytes_ <= memory), default=0)
+        beyond = min((rows for rows, bytes_ in known.items() if bytes_ > memory), default=None)
+        if beyond == fitting + 1:
+            return fitting
+        (one, low), (two, high) = sorted(known.items(), key=lambda pair: abs(pair[1] - memory))[:2]
+        guess = math.floor(one + (memory - low) / max((high - low) / (two - one), 1.0))
+        if beyond is None:
+            guess = max(guess, fitting + 1)
+        elif attempt % 3 == 2:  # the line bends: halve what is left now and then
+            guess = (fitting + beyond) // 2
+        else:
+            guess = min(max(guess, fitting + 1), beyond - 1)
+        known[guess] = peak(guess)
+    return max((rows for rows, bytes_ in known.items() if bytes_ <= memory), default=0)
+
+
+def _cache(config: ModelConfig, precision: str) -> tuple[int, int]:
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return KVCache.bytes_per_token(config, dtype), KVCache.state_bytes(config, dtype)
+
+
+def _memory(step: Step) -> Memory:
+    trace = step.trace
+    moment, peak = trace.peak()
+    operation = trace.operations[moment]
+    alive = trace.live_by(moment, lambda s: s.kind)
+    passing = {"activations", "temporaries"}
+    where = trace.live_by(moment, lambda s: collapsed(s.module) if s.kind in passing else "")
+    where.pop("", None)
+    return Memory(
+        peak,
+        f"{operation.name} in {collapsed(operation.module)}, {operation.phase}",
+        dict(sorted(alive.items(), key=lambda pair: -pair[1])),
+        dict(sorted(where.items(), key=lambda pair: -pair[1])),
+        [(op.phase, live) for op, live in zip(trace.operations, trace.timeline(), strict=True)],
+    )
+
+
+def _components(step: Step) -> list[Component]:
+    found: dict[str, Component] = {}
+
+    def at(path: str) -> Component:
+        return found.setdefault(path, Component(path))
+
+    owners: dict[str, set[str]] = defaultdict(set)
+    for name, numbers in step.params.items():
+        module = name.rpartition(".")[0]
+        at(collapsed(module)).params += numbers
+        owners[collapsed(module)].add(module)
+    for operation in step.trace.operations:
+        if operation.phase in ("forward", "backward") and operation.flops:
+            component = at(collapsed(operation.module))
+            owners[component.path].add(operation.module)
+            share = operation.flops / step.tokens
+            if operation.phase == "forward":
+                component.forward += share
+            else:
+                component.backward += share
+    for storage in step.trace.storages:
+        if storage.kind == "activations":
+            component = at(collapsed(storage.module))
+            component.kept += storage.size
+            owners[component.path].add(storage.module)
+    for component in found.values():
+        component.copies = len(owners[component.path])
+    return list(found.values())
+
+
+def _operations(step: Step, machine: Machine | None) -> list[OperationGroup]:
+    groups: dict[tuple[str, str, str], list[Operation]] = defaultdict(list)
+    for operation in step.trace.operations:
+        place = "" if operation.phase == "optimizer" else collapsed(operation.module)
+        groups[operation.phase, place, operation.name].append(operation)
+    found = []
+    for (phase, place, name), calls in groups.items():
+        costs = [machine.of(call) for call in calls] if machine is not None else []
+        found.append(
+            OperationGroup(
+                phase,
+                place,
+                name,
+                len(calls),
+                sum(call.flops for call in calls),
+                sum(call.read + call.written for call in calls),
+                sum(cost.seconds for cost in costs) if costs else None,
+                max(costs, key=lambda cost: cost.seconds).bound if costs else None,
+            )
+        )
+    return sorted(found, key=lambda group: (-(group.seconds or 0), -group.flops, -group.moved))
+
+
+def _time(step: Step, recipe: Recipe, machine: Machine, compiled: bool, model: Any, price: float | None) -> Time:
+    phases = seconds_by_phase(step.trace, machine, compiled)
+    seconds = step.accumulation * (phases["forward"] + phases["backward"]) + phases["optimizer"]
+    tokens = step.tokens * step.accumulation
+    return Time(
+        machine.name,
+        machine.assumptions,
+        compiled,
+        phases,
+        seconds,
+        tokens / seconds,
+        model.training_flops_per_token(step.length) * tokens / seconds,
+        seconds * recipe.train.steps,
+        None if price is None else price * seconds * recipe.train.steps / 3600,
+    )
+
+
+def _savings(traced: Any, step: Step, rows: int, precision: str, recipe: Recipe) -> dict[str, int]:
+    """Peak bytes with one thing changed: what can be traced is traced, the rest is taken from the trace."""
+    peak = step.trace.peak()[1]
+    found: dict[str, int] = {}
+    if precision != "bf16":
+        found["bf16 autocast"] = traced(rows, precision="bf16").trace.peak()[1]
+    if rows > 1:
+        half = traced(rows // 2, accumulation=max(2, 2 * step.accumulation))
+        found["half the micro-batch, twice the accumulation"] = half.trace.peak()[1]
+    if recipe.train.loss_kernel == "reference":
+        found["chunked loss"] = traced(rows, loss_kernel="chunked").trace.peak()[1]
+    found["checkpointing whole blocks"] = checkpointed_peak(step)
+    state = sum(s.size for s in step.trace.storages if s.kind == "optimizer state")
+    params = sum(step.params.values())
+    if recipe.optim.optimizer == "adamw" and state:
+        found["optimizer states in 8 bits"] = peak - state + round(BIT_8_STATES * params)
+    return {name: bytes_ for name, bytes_ in found.items() if bytes_ != peak}
+
+
+def checkpointed_peak(step: Step) -> int:
+    """Peak bytes if each block kept its input alone and computed the rest again in the backward pass.
+
+    What a block keeps is taken away at every moment, but for its output (the next one's input); one block's is added in the
+    backward pass, where it is computed again.
+    """
+    trace = step.trace
+    blocks: dict[str, list[Any]] = defaultdict(list)
+    for storage in trace.storages:
+        found = re.match(r"(blocks\.\d+)", storage.module)
+        if storage.kind == "activations" and found:
+            blocks[found[1]].append(storage)
+    if not blocks:
+        return trace.peak()[1]
+    kept = {
+        id(storage) for block in blocks.values() for storage in (max(block, key=lambda one: (one.born, one.size)),)
+    }
+    again = max(sum(s.size for s in block if id(s) not in kept) for block in blocks.values())
+    live = trace.timeline()
+    change = [0] * (len(live) + 1)
+    ends = {name: max(s.born for s in block) for name, block in blocks.items()}
+    for name, block in blocks.items():
+        for storage in block:
+            if id(storage) in kept:
+                continue
+            start = ends[name] + 1  # while the block runs, all of it is there
+            end = len(live) if storage.died is None else storage.died
+            change[min(start, len(live))] -= storage.size
+            change[max(min(end, len(live)), min(start, len(live)))] += storage.size
+    best = total = 0
+    for moment, bytes_ in enumerate(live):
+        total += change[moment]
+        recomputed = again if trace.operations[moment].phase == "backward" else 0
+        best = max(best, bytes_ + total + recomputed)
+    return best

@@ -1,0 +1,301 @@
+"""A training step on tensors without memory: what every operation would compute, move and keep.
+
+The model, the loss and the optimizer are the real ones; their tensors are fakes that know shape, dtype and device but hold no
+numbers (torch's FakeTensor). So nothing here restates an architecture: a new choice in the model is traced like any other, and
+what is counted is what a run does. Each operation is noted with its phase, its module and its FLOPs; each storage with its birth
+and its death, which gives the live bytes at every moment, and the moment of the peak.
+
+::
+
+    operation      0   1   2   3   4   5   6   7   8   9
+    phase          └─── forward ───┘   └─ backward ┘  └ optimizer
+    weights        ■   ■   ■   ■   ■   ■   ■   ■   ■   ■
+    activations        ■   ■■  ■■■ ■■■ ■■  ■
+    gradients                              ■   ■■  ■■
+                                   ▲ peak
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.module_tracker import ModuleTracker
+
+import scratchlm.kernels.moe  # noqa: F401  (registers the grouped products)
+
+Phase = Literal["setup", "forward", "backward", "optimizer"]
+Kind = Literal["weights", "gradients", "optimizer state", "activations", "temporaries", "batch and tables"]
+
+
+@dataclass
+class Operation:
+    """One call of a torch operation that is no mere view.
+
+    Attributes:
+        name: of the operation, such as ``mm``.
+        phase: when.
+        module: dotted path of the module that called it ("" outside of any).
+        flops: of its matrix products (a multiply and an add are two); 0 for everything else.
+        read, written: bytes of its arguments and of its results.
+        shapes: of its tensor arguments.
+        dtype: of its (first) result.
+        inputs, outputs: numbers of the storages it reads and writes, for what a compiler could leave out.
+    """
+
+    name: str
+    phase: Phase
+    module: str
+    flops: int
+    read: int
+    written: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte moved."""
+        return self.flops / max(1, self.read + self.written)
+
+
+@dataclass
+class Storage:
+    """One piece of memory.
+
+    Attributes:
+        size: in bytes.
+        born: number of the operation that made it.
+        died: number of the first operation before which it was free again; None: still there at the end.
+        phase, module, maker: of its maker.
+        kind: what it is.
+        owner: name of the parameter it belongs to, if it does to one.
+        number: its place among all storages.
+    """
+
+    size: int
+    born: int
+    phase: Phase
+    module: str
+    maker: str
+    died: int | None = None
+    kind: Kind = "temporaries"
+    owner: str = ""
+    number: int = -1
+
+    def lives_at(self, moment: int) -> bool:
+        """Whether it is there while operation `moment` runs."""
+        return self.born <= moment and (self.died is None or moment < self.died)
+
+
+@dataclass
+class Trace:
+    """What a step did: its operations in order, and all storages."""
+
+    operations: list[Operation] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+
+    def timeline(self) -> list[int]:
+        """Live bytes while each operation runs."""
+        change = [0] * (len(self.operations) + 1)
+        for storage in self.storages:
+            change[min(storage.born, len(self.operations))] += storage.size
+            if storage.died is not None:
+                change[min(storage.died, len(self.operations))] -= storage.size
+        live, total = [], 0
+        for step in change[: len(self.operations)]:
+            total += step
+            live.append(total)
+        return live
+
+    def peak(self) -> tuple[int, int]:
+        """Number of the operation at which most bytes live, and these bytes."""
+        live = self.timeline()
+        moment = max(range(len(live)), key=live.__getitem__)
+        return moment, live[moment]
+
+    def live_by(self, moment: int, key: Callable[[Storage], str]) -> dict[str, int]:
+        """Bytes alive at one moment, grouped."""
+        found: dict[str, int] = defaultdict(int)
+        for storage in self.storages:
+            if storage.lives_at(moment):
+                found[key(storage)] += storage.size
+        return dict(found)
+
+    def flops(self, phase: Phase | None = None) -> int:
+        """FLOPs of all matrix products, or of those of one phase."""
+        return sum(op.flops for op in self.operations if phase is None or op.phase == phase)
+
+
+class Tracer(TorchDispatchMode):
+    """Notes operations and storages while it is entered; see :class:`Trace`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.phase: Phase = "setup"
+        self._modules = ModuleTracker()
+        self._modules._get_mod_name(
+            model
+        )  # names from the root on, though the loss calls the model's parts directly
+        self._root = type(model).__name__
+        self._known: dict[int, Storage] = {}
+        self._watchers: dict[int, Any] = {}
+
+    def __enter__(self) -> Tracer:
+        self._modules.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._modules.__exit__(*exception)
+
+    def watch(self, tensor: Tensor, kind: Kind, owner: str = "") -> None:
+        """Note a storage that was there before, or say what one is."""
+        storage = self._note(tensor, "")
+        storage.kind, storage.owner = kind, owner
+
+    def note_kept(self) -> None:
+        """The forward pass is over: what it made and is still there is kept for the backward pass."""
+        for storage in self._known.values():
+            if storage.phase == "forward" and storage.kind == "temporaries":
+                storage.kind = "activations"
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Storages are watched, operations are not kept."""
+        kept, self.trace.operations = self.trace.operations, _Forgetful()
+        try:
+            yield
+        finally:
+            self.trace.operations = kept
+            for storage in self.trace.storages:
+                storage.born, storage.died = 0, None if storage.died is None else 0
+
+    def kind_of(self, tensor: Tensor) -> Storage | None:
+        """What was noted about a tensor's storage."""
+        return self._known.get(tensor.untyped_storage()._cdata)
+
+    def _module(self) -> str:
+        if self.phase == "optimizer":
+            return ""
+        path = max(self._modules.parents - {"Global"}, key=len, default="")
+        return path.removeprefix(self._root).removeprefix(".")
+
+    def _note(self, tensor: Tensor, maker: str) -> Storage:
+        memory = tensor.untyped_storage()
+        key = memory._cdata
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        number = len(self.trace.storages)
+        born = len(self.trace.operations)
+        storage = Storage(memory.nbytes(), born, self.phase, self._module(), maker, number=number)
+        self._known[key] = storage
+        self.trace.storages.append(storage)
+        self._watchers[key] = weakref.ref(memory, functools.partial(self._died, key))
+        return storage
+
+    def _died(self, key: int, _: Any) -> None:
+        self._known.pop(key).died = len(self.trace.operations)
+        del self._watchers[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        out = func(*args, **kwargs)
+        made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        if func.is_view or func.namespace == "prim" or not (made or given):
+            return out
+        name = func._schema.name.split("::")[-1]
+        old = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in old]
+        for tensor in fresh:
+            self._note(tensor, name)
+        in_place = func._schema.is_mutable
+        numbers = tuple(dict.fromkeys(self._note(t, "").number for t in given))
+        count = _COUNTS.get(func._overloadpacket)
+        results = made or [t for t in given if in_place]
+        self.trace.operations.append(
+            Operation(
+                name,
+                self.phase,
+                self._module(),
+                int(count(*args, **kwargs, out_val=out)) if count is not None else 0,
+                sum(_bytes(t) for t in given),
+                sum(_bytes(t) for t in (made if made and not in_place else results)),
+                tuple(tuple(t.shape) for t in given),
+                results[0].dtype if results else torch.float32,
+                numbers,
+                tuple(dict.fromkeys(self._note(t, name).number for t in results)),
+            )
+        )
+        return out
+
+
+class _Forgetful(list[Operation]):
+    """Takes operations and keeps none."""
+
+    def append(self, operation: Operation) -> None:
+        pass
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a pass over a tensor touches: its elements once (an expanded one costs what it holds)."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+Shape = Sequence[int]
+
+
+def _flash(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores and mixture, all pairs of positions, as is the convention also under a causal mask."""
+    *batch, queries, width = query
+    return 2 * math.prod(batch) * queries * key[-2] * (width + value[-1])
+
+
+def _flash_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
+    """Scores again, and four products for the gradients of values, weights, queries and keys."""
+    *batch, queries, width = query
+    return 2 * math.prod(batch) * queries * key[-2] * (3 * width + 2 * value[-1])
+
+
+def _grouped(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Each row times the matrix of its expert."""
+    return 2 * x[0] * weight[-2] * weight[-1]
+
+
+def _grouped_outer(d_y: Shape, x: Shape, *_: Any, **__: Any) -> int:
+    """The gradients of all experts' matrices: each row counts once."""
+    return 2 * x[0] * d_y[-1] * x[-1]
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    torch.ops.scratchlm.grouped_product: _grouped,
+    torch.ops.scratchlm.grouped_outer: _grouped_outer,
+}
+"""FLOPs, from shapes, of products that torch's own counter does not know: flash attention on a CPU, our grouped products."""
+
+_COUNTS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(f) for op, f in FLOPS.items()}}
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[FakeTensorMode]:
+    """Tensors made inside hold no numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode

@@ -1,0 +1,165 @@
+"""Estimates: sums that agree with each other and with what is known from elsewhere, and the rules for what could be saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from scratchlm.config import Recipe
+from scratchlm.model import presets
+from scratchlm.model.draw.hollow import hollow
+from scratchlm.resources.devices import find
+from scratchlm.resources.estimate import (
+    checkpointed_peak,
+    collapsed,
+    estimate,
+    largest_fitting,
+    model_of,
+    vocabulary,
+)
+from scratchlm.resources.step import Step, trace_step
+from scratchlm.resources.timing import Datasheet
+from scratchlm.resources.trace import Operation, Storage, Trace
+
+SMALL: dict[str, Any] = {"vocab_size": 400, "context_length": 64, "d_model": 48, "layers": 3, "heads": 4}
+
+
+def recipe(**sections: Any) -> Recipe:
+    model = SMALL | sections.pop("model", {})
+    train = {"batch_size": 8, "steps": 100} | sections.pop("train", {})
+    return Recipe(model=model, train=train, **sections)
+
+
+def test_sums_are_those_of_the_model() -> None:
+    given = recipe()
+    found = estimate(given, precision="fp32")
+    model = hollow(model_of(given))
+    assert found.params == model.num_params() == sum(part.params for part in found.components)
+    assert sum(part.forward for part in found.components) == pytest.approx(found.forward_flops)
+    assert sum(part.backward for part in found.components) == pytest.approx(found.backward_flops)
+    assert sum(found.memory.at_peak.values()) == found.memory.peak == max(live for _, live in found.memory.timeline)
+    scores = 3 * 4 * 64 * 48 / 2  # flash attention's backward pass computes them once more
+    assert found.forward_flops + found.backward_flops == pytest.approx(found.model_flops + scores)
+    assert found.tokens == 100 * 8 * 64
+    blocks = {part.path: part for part in found.components}
+    assert blocks["blocks.*.feedforward.gate_up"].copies == 3
+    assert blocks["blocks.*.feedforward.gate_up"].forward == 2 * blocks["blocks.*.feedforward.gate_up"].params
+    flops = sum(group.flops for group in found.operations if group.phase != "optimizer")
+    assert flops == pytest.approx((found.forward_flops + found.backward_flops) * 8 * 64)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_largest_micro_batch_fits_and_the_next_does_not(precision: str, accumulation: int) -> None:
+    given = recipe(train={"batch_size": 8, "accumulation": accumulation})
+    limit = 60e6
+    found = estimate(given, precision=precision, memory_bytes=limit, savings=False)
+    assert found.largest_micro_batch is not None and found.largest_micro_batch > 8
+
+    def peak(rows: int) -> int:
+        step = trace_step(
+            model_of(given),
+            given.optim,
+            given.train,
+            precision=precision,
+            micro_batch=rows,
+            accumulation=accumulation,
+        )
+        return step.trace.peak()[1]
+
+    assert peak(found.largest_micro_batch) <= limit < peak(found.largest_micro_batch + 1)
+    assert estimate(given, precision=precision, memory_bytes=1e3, savings=False).largest_micro_batch == 0
+
+
+@settings(max_examples=60, deadline=None)
+@drawn(st.integers(1, 500), st.integers(1, 300), st.integers(0, 400), st.integers(1, 40), st.floats(0, 30_000))
+def test_the_search_finds_the_last_that_fits(a: int, b: int, bend: int, rows: int, memory: float) -> None:
+    """Of two lines, whichever is higher, from any two known points."""
+
+    def peak(batch: int) -> int:
+        return max(a + b * batch, bend + (b + 7) * batch)
+
+    known = {rows: peak(rows), 2 * rows: peak(2 * rows)}
+    found = largest_fitting(peak, memory, known, tries=40)
+    assert (found == 0 or peak(found) <= memory) and peak(found + 1) > memory
+    assert len(known) <= 20
+
+
+def test_what_could_be_saved() -> None:
+    given = recipe(train={"loss_kernel": "reference", "batch_size": 32}, model={"context_length": 256})
+    found = estimate(given, precision="fp32")
+    assert set(found.savings) == {
+        "bf16 autocast",
+        "half the micro-batch, twice the accumulation",
+        "chunked loss",
+        "checkpointing whole blocks",
+        "optimizer states in 8 bits",
+    }
+    state = found.memory.at_peak["optimizer state"]
+    saved = found.memory.peak - found.savings["optimizer states in 8 bits"]
+    assert saved == pytest.approx(state * (1 - 2 / 8), rel=0.02)  # 8 bytes become a little more than 2
+    assert found.savings["chunked loss"] < found.memory.peak
+    sgd = estimate(recipe(optim={"optimizer": "sgd"}), precision="bf16")
+    assert "optimizer states in 8 bits" not in sgd.savings and "bf16 autocast" not in sgd.savings
+
+
+def test_checkpointing_by_hand() -> None:
+    """Two blocks keep 10 + 2 each, 2 being the output: without, 24 at most; with, both outputs and one block's 10 again."""
+
+    def operation(phase: Any) -> Operation:
+        return Operation("mm", phase, "", 0, 0, 0, (), None)  # type: ignore[arg-type]
+
+    trace = Trace([operation("forward")] * 4 + [operation("backward")] * 2)
+
+    def kept(size: int, born: int, died: int, layer: int) -> Storage:
+        return Storage(size, born, "forward", f"blocks.{layer}.x", "mm", died, kind="activations")
+
+    trace.storages = [kept(10, 0, 6, 0), kept(2, 1, 6, 0), kept(10, 2, 5, 1), kept(2, 3, 5, 1)]
+    step = Step(trace, 1, 1, 1, "fp32", {})
+    assert trace.timeline() == [10, 12, 22, 24, 24, 12]
+    assert checkpointed_peak(step) == 14
+    assert checkpointed_peak(Step(Trace([operation("forward")]), 1, 1, 1, "fp32", {})) == 0
+
+
+def test_time_and_money_follow_from_a_device() -> None:
+    given, h100 = recipe(), Datasheet(find("h100"))
+    found = estimate(given, precision="bf16", machine=h100, price_per_hour=3.6, savings=False)
+    time = found.time
+    assert time is not None and time.machine == "NVIDIA H100 SXM"
+    assert time.step == pytest.approx(sum(time.by_phase.values()))
+    assert time.tokens_per_second == pytest.approx(8 * 64 / time.step)
+    assert time.model_flops_per_second == pytest.approx(found.model_flops * time.tokens_per_second)
+    assert time.total == pytest.approx(100 * time.step) and time.price == pytest.approx(0.001 * time.total)
+    parts = estimate(
+        recipe(train={"accumulation": 4}), precision="bf16", machine=h100, price_per_hour=None, savings=False
+    )
+    assert parts.micro_batch == 2 and parts.time is not None and parts.time.price is None
+    assert parts.time.step == pytest.approx(
+        4 * (parts.time.by_phase["forward"] + parts.time.by_phase["backward"]) + parts.time.by_phase["optimizer"]
+    )
+
+
+def test_an_mfu_on_a_large_model_is_what_the_assumptions_say() -> None:
+    """A large dense model is bound by its products: between the attention's share of the peak and the products' own."""
+    given = Recipe(model=presets.load("llama-3.2-1b").model_copy(update={"layers": 2}), train={"batch_size": 4})
+    h100 = Datasheet(find("h100"))
+    found = estimate(given, precision="bf16", machine=h100, micro_batch=4, compiled=True, savings=False)
+    assert found.time is not None
+    assert 0.2 < found.time.model_flops_per_second / h100.device.peak("bf16") < 0.7
+
+
+def test_dropout_inside_attention_keeps_scores_unless_it_is_fused() -> None:
+    given = recipe(model={"attention_dropout": 0.1, "context_length": 256})
+    plain, fused = (estimate(given, precision="fp32", savings=False, fused_dropout=f) for f in (False, True))
+    assert plain.memory.peak > fused.memory.peak + 3 * 8 * 4 * 256 * 256 * 4  # a layer's scores, at least
+
+
+def test_vocabulary_and_names() -> None:
+    assert vocabulary(recipe()) == 400
+    assert vocabulary(Recipe(model={**SMALL, "vocab_size": 0}, tokenizer={"vocab_size": 777})) == 777
+    assert collapsed("blocks.11.attention.qkv") == "blocks.*.attention.qkv" and collapsed("") == "head and loss"
+    assert collapsed("predictions.0.block.attention") == "predictions.*.block.attention"

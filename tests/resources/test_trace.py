@@ -1,0 +1,205 @@
+"""A step traced without memory: its FLOPs are those that torch counts on a real one, its memory what torch's allocator gave."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from model_variants import VARIANTS
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.model import ModelConfig, Transformer
+from scratchlm.optim import build_optimizers
+from scratchlm.resources.step import CPU, Batch, Step, trace_step
+from scratchlm.resources.trace import FLOPS, Storage, Trace, Tracer, without_memory
+from scratchlm.train.loss import NextTokenLoss
+from scratchlm.train.precision import autocast
+
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
+TINY = ModelConfig(vocab_size=300, context_length=64, d_model=32, layers=2, heads=4)
+
+
+def traced(config: ModelConfig, **options: Any) -> Step:
+    given = {"precision": "fp32", "micro_batch": 2, "optim": OptimConfig(), "train": TrainConfig()} | options
+    return trace_step(config, **given)
+
+
+def real_batch(config: ModelConfig, rows: int) -> Batch:
+    ids = torch.randint(config.vocab_size, (rows, config.context_length))
+    return Batch(ids, ids.roll(-1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- FLOPs
+
+
+@every_variant
+def test_flops_of_forward_and_backward_are_those_torch_counts(config: ModelConfig) -> None:
+    """The same products in the same numbers, over the whole architecture table; torch's counter is told of the products it does
+    not know: flash attention on a CPU and the experts' grouped products."""
+    step = traced(config)
+    model = Transformer(config, seed=0)
+    counted = {}
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    with counter:
+        objective = NextTokenLoss(model)(real_batch(config, 2))
+        counted["forward"] = counter.get_total_flops()
+        objective.backward()
+    counted["backward"] = counter.get_total_flops() - counted["forward"]
+    assert {phase: step.trace.flops(phase) for phase in counted} == counted
+    assert counted["backward"] or not config.layers
+
+
+def test_flops_of_a_plain_model_by_hand() -> None:
+    """mm of m × k and k × n is 2mkn; backward two such for each, and the loss computes its own gradients in its forward pass."""
+    step = traced(TINY, train=TrainConfig(loss_kernel="reference"))
+    tokens, d, ff = 2 * 64, 32, TINY.resolved_d_ff
+    matrices = 2 * (4 * d * d + 3 * d * ff) + 300 * d
+    scores = 2 * 4 * 64 * d  # two layers, q kᵀ and weights v, all pairs
+    assert step.trace.flops("forward") == tokens * (2 * matrices + scores)
+    assert step.trace.flops("backward") == tokens * (4 * matrices + scores * 5 // 2)  # scores are computed again
+    chunked = traced(TINY)
+    assert chunked.trace.flops("forward") + chunked.trace.flops("backward") == step.trace.flops(
+        "forward"
+    ) + step.trace.flops("backward")
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def by_the_allocator(config: ModelConfig, optim: OptimConfig, train: TrainConfig, precision: str, rows: int) -> int:
+    """The most bytes that torch's CPU allocator had given out during a step, by its own reports to the profiler."""
+    torch.manual_seed(0)
+    model = Transformer(config, seed=0)
+    loss = NextTokenLoss(model, train.loss_kernel)
+    optimizers = build_optimizers(model, optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()
+    optimizers.zero_grad()
+    batch = real_batch(config, rows)
+    held = [*model.parameters(), *model.buffers(), batch.inputs, batch.targets]
+    held += [m.table for m in model.modules() if isinstance(getattr(m, "table", None), torch.Tensor)]
+    held += [state for state in optimizers.named_state().values() if state.ndim]
+    standing = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with autocast(precision, CPU):
+            objective = loss(batch)
+        (objective / batch.inputs.numel()).backward()
+        optimizers.step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most = live = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return standing + most
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "bf16": {"precision": "bf16"},
+    "long": {"config": {"context_length": 512}, "rows": 1},
+    "large vocabulary": {"config": {"vocab_size": 8000}},
+    "all logits": {"config": {"vocab_size": 3000}, "train": {"loss_kernel": "reference"}},
+    "experts": {"config": {"moe": {"experts": 4, "top_k": 2}}},
+    "latent attention": {"config": {"attention": "mla", "latent": {"kv_rank": 16, "rope_dim": 8}}},
+    "window": {"config": {"mask": "sliding_window", "window": 32, "context_length": 256}},
+    "linear attention": {"config": {"attention": "gated_delta"}},
+    "muon": {"optim": {"optimizer": "muon"}},
+    "sgd": {"optim": {"optimizer": "sgd"}},
+    "adamw, one by one": {"optim": {"implementation": "reference"}},
+    "gpt-2's choices": {"config": {"norm": "layernorm", "feedforward": "gelu_tanh", "position": "learned"}},
+    "deep, bf16, many rows": {"config": {"layers": 6}, "precision": "bf16", "rows": 8},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_peak_memory_is_what_the_allocator_gave(case: dict[str, Any]) -> None:
+    base = {"vocab_size": 500, "context_length": 128, "d_model": 64, "layers": 2, "heads": 4}
+    config = ModelConfig(**{**base, **case.get("config", {})})
+    optim, train = OptimConfig(**case.get("optim", {})), TrainConfig(**case.get("train", {}))
+    precision, rows = case.get("precision", "fp32"), case.get("rows", 4)
+    step = trace_step(config, optim, train, precision=precision, micro_batch=rows)
+    moment, peak = step.trace.peak()
+    measured = by_the_allocator(config, optim, train, precision, rows)
+    assert peak == pytest.approx(measured, rel=0.03), step.trace.live_by(moment, lambda s: s.kind)
+
+
+@pytest.mark.parametrize("name", ["moe", "attention = gla", "norm_placement = double", "mask = strided", "mtp"])
+def test_fakes_do_as_real_tensors_do(name: str) -> None:
+    config = next(config for key, config in VARIANTS.items() if key.startswith(name))
+    for precision in ("fp32", "bf16"):
+        fake, real = (traced(config, precision=precision, real=real) for real in (False, True))
+        assert [op.name for op in fake.trace.operations] == [op.name for op in real.trace.operations]
+        assert fake.trace.peak() == real.trace.peak()
+        assert fake.trace.timeline() == real.trace.timeline()
+
+
+def test_kinds_of_memory() -> None:
+    step = traced(TINY, precision="bf16")
+    params = sum(step.params.values())
+    totals: dict[str, int] = {}
+    for storage in step.trace.storages:
+        totals[storage.kind] = totals.get(storage.kind, 0) + storage.size
+    assert totals["weights"] == totals["gradients"] == 4 * params
+    assert totals["optimizer state"] == 8 * params
+    assert totals["batch and tables"] >= 2 * 2 * 64 * 8
+    moment, peak = step.trace.peak()
+    alive = step.trace.live_by(moment, lambda s: s.kind)
+    assert sum(alive.values()) == peak == step.trace.timeline()[moment]
+    assert alive["weights"] == 4 * params and alive["optimizer state"] == 8 * params
+    muon = traced(TINY, optim=OptimConfig(optimizer="muon"))
+    states = sum(s.size for s in muon.trace.storages if s.kind == "optimizer state")
+    hidden = sum(n for name, n in muon.params.items() if name.startswith("blocks") and "norm" not in name)
+    assert states == 4 * hidden + 8 * (params - hidden)
+
+
+def test_with_accumulation_the_gradients_are_there_from_the_start() -> None:
+    once, twice = traced(TINY), traced(TINY, accumulation=4)
+    params = sum(once.params.values())
+    assert sum(s.size for s in twice.trace.storages if s.kind == "gradients") == 4 * params
+    more = twice.trace.timeline()[0] - once.trace.timeline()[0]
+    assert 4 * params <= more < 4 * params + 64  # and the sums that are logged
+    assert twice.trace.flops() == once.trace.flops()
+
+
+def test_modules_are_named_in_both_directions() -> None:
+    step = traced(TINY)
+    for phase in ("forward", "backward"):
+        products = [op.module for op in step.trace.operations if op.phase == phase and op.name == "mm"]
+        for layer in range(2):
+            for part in ("attention.qkv", "attention.output", "feedforward.gate_up", "feedforward.down"):
+                assert products.count(f"blocks.{layer}.{part}") == (1 if phase == "forward" else 2), (
+                    phase,
+                    layer,
+                    part,
+                )
+
+
+def test_a_timeline_by_hand() -> None:
+    """An input of 4 numbers; y = x · x lives on, its square does not outlast the sum."""
+    with without_memory():
+        model, x = nn.Identity(), torch.zeros(4)
+        tracer = Tracer(model)
+        tracer.watch(x, "batch and tables")
+        with tracer:
+            tracer.phase = "forward"
+            y = x * x
+            total = (y * y).sum()
+            del total
+    assert [op.name for op in tracer.trace.operations] == ["mul", "mul", "sum"]
+    assert tracer.trace.timeline() == [32, 48, 52] and tracer.trace.peak() == (2, 52)
+    assert y.shape == (4,)
+    assert tracer.trace.live_by(0, lambda s: s.kind) == {"batch and tables": 16, "temporaries": 16}
+
+
+def test_peak_of_made_up_storages() -> None:
+    trace = Trace(operations=[None] * 4)  # type: ignore[list-item]
+    for size, born, died in ((10, 0, None), (5, 1, 3), (7, 2, 3), (1, 3, None)):
+        trace.storages.append(Storage(size, born, "forward", "", "", died))
+    assert trace.timeline() == [10, 15, 22, 11] and trace.peak() == (2, 22)
