@@ -145,14 +145,17 @@ def _each_where_it_lies(
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias if bias is None else bias.to(rows.dtype)
-        return torch.cat(
-            [linear(rows[s:e], weight[expert], None if bias is None else bias[expert]) for expert, s, e in shares]
-        )
+        multiply = F.linear if rows.dtype == torch.bfloat16 else linear
+        parts = [multiply(rows[s:e], weight[n], None if bias is None else bias[n]) for n, s, e in shares]
+        return torch.cat(parts)
 
     inner = product(x.index_select(0, order // experts.shape[1]), up, up_bias)
     y = product(activate(inner), down, down_bias)
     chosen = torch.empty_like(y).index_copy_(0, order, y).view(*experts.shape, -1)
-    return (chosen * gates[..., None]).sum(1).to(y.dtype)
+    wide = chosen.to(
+        torch.promote_types(y.dtype, gates.dtype)
+    )  # at once: a product of two dtypes converts number by number
+    return (wide * gates[..., None]).sum(1).to(y.dtype)
 
 
 class _Rows(torch.autograd.Function):
