@@ -24,7 +24,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 SMALL = {"vocab_size": 4096, "context_length": 256, "d_model": 256, "layers": 4, "heads": 4}
 
 
-def case(precision: str = "fp32", rows: int = 8, compile: bool = False, **sections: Any) -> dict[str, Any]:  # noqa: A002
+def case(precision: str = "fp32", rows: int = 8, compile: bool = False, **sections: Any) -> dict[str, Any]:
     """One configuration: sections of a recipe, and how it is run."""
     model = SMALL | sections.pop("model", {})
     return {"precision": precision, "rows": rows, "compile": compile, "model": model, **sections}
@@ -41,10 +41,12 @@ MEMORY: dict[str, dict[str, Any]] = {
     "large vocabulary, all logits": case(model={"vocab_size": 32_000}, rows=4, train={"loss_kernel": "reference"}),
     "experts": case(model={"moe": {"experts": 8, "top_k": 2}}, rows=4),
     "latent attention": case("bf16", model={"attention": "mla", "latent": {"kv_rank": 64, "rope_dim": 32}}),
-    "gated delta rule": case(model={"attention": "gated_delta"}, rows=4),
+    "gated delta rule": case(model={"attention": "gated_delta"}, rows=1),
     "muon": case("bf16", optim={"optimizer": "muon"}),
     "sgd": case(optim={"optimizer": "sgd"}),
-    "adamw, one tensor at a time": case(optim={"implementation": "reference"}, model={"d_model": 512, "heads": 8}, rows=1),
+    "adamw, one tensor at a time": case(
+        optim={"implementation": "reference"}, model={"d_model": 512, "heads": 8}, rows=1
+    ),
     "accumulation": case(train={"accumulation": 4}, rows=4),
 }
 
@@ -68,7 +70,11 @@ def sections(given: dict[str, Any]) -> tuple[Any, Any, Any]:
     from scratchlm.config import OptimConfig, TrainConfig
     from scratchlm.model import ModelConfig
 
-    return ModelConfig(**given["model"]), OptimConfig(**given.get("optim", {})), TrainConfig(**given.get("train", {}))
+    return (
+        ModelConfig(**given["model"]),
+        OptimConfig(**given.get("optim", {})),
+        TrainConfig(**given.get("train", {})),
+    )
 
 
 def training(given: dict[str, Any]) -> Any:
@@ -138,12 +144,19 @@ def measure_time(given: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def predict(what: str, given: dict[str, Any]) -> float:
     from scratchlm.resources.measurement import load_measurement
-    from scratchlm.resources.step import trace_step
+    from scratchlm.resources.step import as_compiled_on_a_cpu, trace_step
     from scratchlm.resources.timing import Measured, seconds_by_phase
 
     config, optim, train = sections(given)
+    if given["compile"] and what == "time":
+        config = as_compiled_on_a_cpu(config, config.context_length)
     step = trace_step(
-        config, optim, train, precision=given["precision"], micro_batch=given["rows"], accumulation=train.accumulation
+        config,
+        optim,
+        train,
+        precision=given["precision"],
+        micro_batch=given["rows"],
+        accumulation=train.accumulation,
     )
     if what == "memory":
         return step.trace.peak()[1]
@@ -165,7 +178,9 @@ def main() -> None:
     parser.add_argument("--what", nargs="*", default=["memory", "time"], choices=["memory", "time"])
     parser.add_argument("--only", nargs="*", default=None, help="names of configurations")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=None, help="folder for memory.json and time.json; none: only print")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for memory.json and time.json; none: only print"
+    )
     parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -202,7 +217,11 @@ def main() -> None:
             }
             write_json(options.out / f"{what}.json", written)
         errors = [abs(row["error"]) for row in rows]
-        summary[what] = {"cases": len(rows), "median_error": statistics.median(errors), "largest_error": max(errors)}
+        summary[what] = {
+            "cases": len(rows),
+            "median_error": statistics.median(errors),
+            "largest_error": max(errors),
+        }
     print(json.dumps(summary))
 
 

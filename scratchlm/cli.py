@@ -47,6 +47,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "model show": ("models:show", "a known architecture as a recipe's [model], and its parameters"),
     "model shape": ("models:shape", "widths and depth for a wished number of parameters"),
     "model draw": ("drawings:draw", "an architecture in pictures, from its own modules"),
+    "resources": (
+        "resources:resources",
+        "what a recipe needs before it runs: parameters, FLOPs, memory, time, money",
+    ),
+    "resources devices": (
+        "devices:devices",
+        "known devices: peaks, memory, bandwidth, price, and where each figure is from",
+    ),
+    "resources measure": (
+        "devices:measure",
+        "measure this machine: what its matrix products and its memory really give",
+    ),
+    "resources dtypes": (
+        "dtypes:dtypes",
+        "number formats: range, precision, and which of them each operation of a model runs in",
+    ),
+    "profile": ("profiling:profile", "where a training step's time and memory go, measured"),
 }
 
 
@@ -116,8 +133,10 @@ def _find(arguments: list[str]) -> tuple[Callable[[list[str]], None] | None, lis
         return None, []
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     words = 2 if arguments[0] in groups else 1
+    if " ".join(arguments[:2]) not in COMMANDS and arguments[0] in COMMANDS:
+        words = 1  # `resources RECIPE` beside `resources measure`
     name, rest = " ".join(arguments[:words]), arguments[words:]
-    if arguments[0] in groups and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+    if words == 2 and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
         print(_overview(arguments[0]))
         return None, []
     if name not in COMMANDS:

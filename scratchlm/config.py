@@ -40,6 +40,8 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("dataset", "subset", "train_split", "validation_split"), ("huggingface",), "dataset"),
 )
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Fitted = Annotated[int, Field(ge=1)] | Literal["auto"]
+"""A number, or what fits the device's memory."""
 
 
 class TokenizerConfig(Section):
@@ -179,7 +181,21 @@ class TrainConfig(Section):
         "random ones.",
     )
     batch_size: int = Field(default=16, ge=1, description="Sequences per optimizer step.")
-    accumulation: int = Field(default=1, ge=1, description="Micro-batches a batch is split into.")
+    micro_batch: Fitted | None = Field(
+        default=None,
+        description="Sequences computed at once; auto: the most that divide batch_size and fit the device's memory; None: "
+        "batch_size / accumulation.",
+    )
+    accumulation: Fitted = Field(
+        default=1,
+        description="Micro-batches a batch is split into; auto: the fewest that fit. A number beside an auto decides; 1 "
+        "leaves it to micro_batch, if that is set.",
+    )
+    memory_limit: str | None = Field(
+        default=None,
+        pattern=r"^\d{1,15}(\.\d+)?( ?([kMGT]i?)?B)?$",
+        description="Bytes that auto may plan with, weights included, such as 8GB or 512MiB; None: what is free.",
+    )
     loader: Literal["epoch", "random"] = Field(
         default="epoch", description="epoch: every token once, shuffled; random: the course's random windows."
     )
@@ -218,6 +234,15 @@ class TrainConfig(Section):
     )
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default=[], description="Besides metrics.jsonl.")
     project: str = Field(default="scratchlm", description="Project name for trackers.")
+
+    @property
+    def parts(self) -> int | None:
+        """Micro-batches per optimizer step, as the recipe demands; None: they are to be fitted to the device."""
+        if isinstance(self.micro_batch, int):
+            return max(1, self.batch_size // self.micro_batch)
+        if self.accumulation == "auto" or (self.micro_batch == "auto" and self.accumulation == 1):
+            return None
+        return self.accumulation
 
 
 class EvaluateConfig(Section):
@@ -272,10 +297,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.train.batch_size % self.train.accumulation:
+        train = self.train
+        for name, number in (("accumulation", train.accumulation), ("micro_batch", train.micro_batch)):
+            if isinstance(number, int) and train.batch_size % number:
+                raise ValueError(f"train.{name} = {number} does not divide train.batch_size = {train.batch_size}")
+        if isinstance(train.micro_batch, int) and train.accumulation not in (1, "auto", train.parts):
             raise ValueError(
-                f"train.accumulation = {self.train.accumulation} does not divide train.batch_size = "
-                f"{self.train.batch_size}"
+                f"train.micro_batch = {train.micro_batch} times train.accumulation = {train.accumulation} is not "
+                f"train.batch_size = {train.batch_size}: leave one of them out"
             )
         window = self.evaluate.context_length or self.model.context_length
         if window > self.model.context_length:

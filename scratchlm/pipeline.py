@@ -238,6 +238,8 @@ class Pipeline:
         from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
         from scratchlm.train.checkpoint import checkpoints
+        from scratchlm.train.fitting import plan_of
+        from scratchlm.train.live import mfu_on
         from scratchlm.train.loop import Trainer
         from scratchlm.train.loss import NextTokenLoss
         from scratchlm.train.trackers import Trackers
@@ -303,6 +305,8 @@ class Pipeline:
                 trackers=trackers.log,
                 tokenizer=self.tokenizer,
                 seed=recipe.seed,
+                plan=plan_of(self.model_config, recipe.optim, recipe.train),
+                utilisation=mfu_on(self.device),
                 say=self.say,
                 show_progress=self.show_progress,
             )

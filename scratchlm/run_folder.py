@@ -17,14 +17,14 @@ _ELSEWHERE = {
     # Fields that say where and how to work; the model that comes out is the same.
     "name", "out", "evaluate", "generate", "data.cache", "data.workers",
     "train.trackers", "train.project", "train.keep_checkpoints", "train.checkpoint_interval",
-    "train.eval_interval", "train.log_interval", "train.max_non_finite",
+    "train.eval_interval", "train.log_interval", "train.max_non_finite", "train.memory_limit",
     "model.vocab_size",  # its resolved value is part of the training's key
 }  # fmt: skip
 
 _ROUNDING = {
     # Fields that choose another way to compute the same: a run may go on with another one, in other last digits.
     "device", "threads", "model.kernels", "model.attention_kernel", "train.precision", "train.compile",
-    "train.loss_kernel", "optim.implementation", "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
+    "train.loss_kernel", "train.micro_batch", "train.accumulation", "optim.implementation", "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
 }  # fmt: skip
 
 

@@ -72,8 +72,8 @@ def write_recipe(path: Path, text: str = RECIPE) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    clock = ("seconds", "tokens_per_second", "time")
+    """metrics.jsonl without what depends on the clock and the machine."""
+    clock = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "memory_bytes", "time")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 

@@ -90,7 +90,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     # Fields that others restrict, or that take a pattern.
     "name": st.from_regex(r"\A[a-zA-Z0-9_+-][a-zA-Z0-9_.+-]{0,20}\Z"),
     "device": st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:1"]),
-    "train.accumulation": st.just(1),
+    "train.accumulation": st.sampled_from([1, "auto"]),
+    "train.micro_batch": st.sampled_from([None, 1, "auto"]),
+    "train.memory_limit": st.sampled_from([None, "8GB", "1.5 TiB", "512MiB", "70kB", "8000000000", "3B"]),
     "train.batch_size": st.integers(1, 9),
     "tokenizer.special_tokens": st.lists(st.text(max_size=9), min_size=1, max_size=4, unique=True),
     "model.context_length": st.integers(256, 2**24),
@@ -364,6 +366,22 @@ def test_hints_for_other_mistakes() -> None:
             "[train]\nbatch_size = 5\naccumulation = 2",
             "train.accumulation = 2 does not divide train.batch_size = 5",
         ),
+        (
+            "[train]\nbatch_size = 8\nmicro_batch = 3",
+            "train.micro_batch = 3 does not divide train.batch_size = 8",
+        ),
+        (
+            "[train]\nbatch_size = 8\nmicro_batch = 2\naccumulation = 2",
+            "train.micro_batch = 2 times train.accumulation = 2 is not train.batch_size = 8: leave one of them out",
+        ),
+        (
+            "[train]\nmicro_batch = 'most'",
+            r"train.micro_batch = 'most'",
+        ),
+        ("[train]\nmicro_batch = 0", "train.micro_batch = 0: input should be greater than or equal to 1"),
+        ("[train]\naccumulation = true", "train.accumulation: true is a boolean"),
+        ("[train]\nmemory_limit = '8 potatoes'", "train.memory_limit = '8 potatoes'"),
+        ("[train]\nmemory_limit = '-1GB'", "train.memory_limit = '-1GB'"),
         ("[optim]\nlr = nan", "optim.lr = nan"),
         ("[optim]\nlr = inf", "optim.lr = inf"),
         ("[optim]\nbetas = [0.9]", "optim.betas.1"),

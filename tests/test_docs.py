@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from scratchlm.cli import COMMANDS
-from scratchlm.commands import drawings, interop, models, tokenizers, trained
+from scratchlm.commands import devices, drawings, dtypes, interop, models, profiling, resources, tokenizers, trained
 from scratchlm.config import Recipe
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
@@ -38,10 +38,20 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "model show": models.ShowArguments,
     "model draw": drawings.DrawArguments,
     "model shape": models.ShapeArguments,
+    "resources": resources.ResourcesArguments,
+    "resources devices": devices.DevicesArguments,
+    "resources measure": devices.MeasureArguments,
+    "resources dtypes": dtypes.AuditArguments,
+    "profile": profiling.ProfileArguments,
 }
 FLAGS = {
     **{name: {"fresh", "model.preset"} for name in ("run", "train", "data prepare")},
     "model shape": {"json"},
+    "resources": {"json", "model.preset"},
+    "resources devices": {"json", "sources"},
+    "resources measure": {"json", "quick"},
+    "resources dtypes": {"json", "saturate", "model.preset"},
+    "profile": {"json", "model.preset"},
 }  # beside the fields
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -96,6 +106,8 @@ def mistakes(line: str) -> list[str]:
         return []
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     name = " ".join(words[: 2 if words[0] in groups else 1])
+    if name not in ARGUMENTS and words[0] in ARGUMENTS:  # `resources RECIPE` beside `resources measure`
+        name = words[0]
     if name not in ARGUMENTS:
         return [f"there is no command {name!r}"]
     known = {*field_paths(ARGUMENTS[name]), *FLAGS.get(name, ()), "help"}

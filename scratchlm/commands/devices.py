@@ -164,10 +164,11 @@ def _show(measured: Measurement) -> None:
         ],
     )
     _print_grid(
-        "attention, GFLOP/s",
+        "attention of 64 wide, GFLOP/s",
         [
             (f"{attention.direction} {attention.dtype}", f"{attention.length:,}", attention.flops_per_second / 1e9)
             for attention in measured.attention
+            if attention.head_dim == 64
         ],
     )
     say(f"an operation with nothing to do takes {measured.call_seconds * 1e6:.2f} µs")

@@ -13,7 +13,7 @@ from scratchlm.config import Recipe
 from scratchlm.generate.cache import KVCache
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import hollow
-from scratchlm.resources.step import Step, trace_step
+from scratchlm.resources.step import Step, as_compiled_on_a_cpu, trace_step
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation
 
@@ -149,7 +149,8 @@ def model_of(recipe: Recipe) -> ModelConfig:
 
 def collapsed(path: str) -> str:
     """A module's path with ``*`` for numbers; what no module did is the head's and the loss's."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path) or "head and loss"
+    place = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    return "head and loss" if place in ("", "head") else place
 
 
 def estimate(
@@ -182,7 +183,7 @@ def estimate(
     config = model_of(recipe)
     if fused_dropout:
         config = config.model_copy(update={"attention_dropout": 0.0})
-    parts = accumulation or recipe.train.accumulation
+    parts = accumulation or recipe.train.parts or 1
     rows = micro_batch or recipe.train.batch_size // parts
     length = config.context_length
 
@@ -200,8 +201,14 @@ def estimate(
     fixed = memory.peak - slope * rows
     largest = None
     if memory_bytes is not None:
-        largest = largest_fitting(lambda batch: traced(batch).trace.peak()[1], memory_bytes, peaks)
+        most = max(rows, other, LONGEST_TRACE // length)
+        largest = largest_fitting(lambda batch: traced(batch).trace.peak()[1], memory_bytes, peaks, most)
     tokens = step.tokens
+    saved = _savings(traced, step, rows, precision, recipe) if savings else {}
+    timed = step
+    if compiled and machine is not None and machine.is_cpu:
+        config = as_compiled_on_a_cpu(config, length)  # `traced` takes it from here
+        timed = traced(rows)
     found = Estimate(
         name=recipe.name,
         precision=precision,
@@ -224,13 +231,15 @@ def estimate(
         largest_micro_batch=largest,
         cache_bytes_per_token=_cache(config, precision)[0],
         cache_bytes_bounded=_cache(config, precision)[1],
-        savings=_savings(traced, step, rows, precision, recipe) if savings else {},
-        time=None if machine is None else _time(step, recipe, machine, compiled, model, price_per_hour),
+        savings=saved,
+        time=None if machine is None else _time(timed, recipe, machine, compiled, model, price_per_hour),
     )
     return found
 
 
-def largest_fitting(peak: Callable[[int], int], memory: float, known: dict[int, int], tries: int = 8) -> int:
+def largest_fitting(
+    peak: Callable[[int], int], memory: float, known: dict[int, int], most: int, tries: int = 8
+) -> int:
     """The most sequences at once whose peak is within `memory`.
 
     Bytes grow along nearly a line, which bends where another moment becomes the peak: the line through the two known points
@@ -240,6 +249,7 @@ def largest_fitting(peak: Callable[[int], int], memory: float, known: dict[int, 
         peak: traces a step with so many sequences.
         memory: bytes.
         known: sequences → peak, at least two; new ones are added.
+        most: beyond so many sequences nothing is traced: the line through the last two points is followed.
         tries: how many more are traced at most.
 
     Returns:
@@ -252,14 +262,20 @@ def largest_fitting(peak: Callable[[int], int], memory: float, known: dict[int, 
             return fitting
         (one, low), (two, high) = sorted(known.items(), key=lambda pair: abs(pair[1] - memory))[:2]
         guess = math.floor(one + (memory - low) / max((high - low) / (two - one), 1.0))
+        if beyond is None and fitting >= most:
+            return max(guess, fitting)
         if beyond is None:
-            guess = max(guess, fitting + 1)
+            guess = min(max(guess, fitting + 1), most)
         elif attempt % 3 == 2:  # the line bends: halve what is left now and then
             guess = (fitting + beyond) // 2
         else:
             guess = min(max(guess, fitting + 1), beyond - 1)
         known[guess] = peak(guess)
     return max((rows for rows, bytes_ in known.items() if bytes_ <= memory), default=0)
+
+
+LONGEST_TRACE = 2**17
+"""Tokens of a micro-batch: the loss of more of them is more blocks, each of which has to be traced."""
 
 
 def _cache(config: ModelConfig, precision: str) -> tuple[int, int]:

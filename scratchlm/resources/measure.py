@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
 import statistics
 import time
@@ -58,6 +59,7 @@ class Plan:
         tensor_bytes: sizes of the tensors of elementwise passes.
         lengths: of attention.
         tokens: of attention's batch: length · sequences.
+        head_dims: widths of attention's heads, of which there are as many as make the same model's width.
         rounds: how often everything is timed.
         seconds: a phase (there are four) ends after so long, though not before its third round.
         slowest: a product that would take longer than so many seconds is left out.
@@ -75,6 +77,7 @@ class Plan:
     slowest: float
     shortest: float
     quick: bool = False
+    head_dims: tuple[int, ...] = (64,)
 
 
 def _shapes(squares: Sequence[int], rows: Sequence[int], widths: Sequence[int]) -> tuple[Shape, ...]:
@@ -96,6 +99,7 @@ FULL = Plan(
     seconds=30.0,
     slowest=0.25,
     shortest=0.004,
+    head_dims=(32, 64, 128),
 )
 QUICK = Plan(
     shapes=_shapes((256, 1024, 2048, 4096, 8192), (512, 2048), (128, 512, 2048)),
@@ -367,15 +371,15 @@ def _elementwise(bench: _Bench, dtypes: Sequence[str]) -> tuple[Elementwise, ...
     return _results(Elementwise, tasks)
 
 
-_HEADS, _HEAD_DIM = 8, 64
+_WIDTH = 512  # heads · head_dim
 
 
 def _attention(bench: _Bench, dtypes: Sequence[str]) -> tuple[Attention, ...]:
     tasks = []
     for dtype in dtypes:
-        for length in bench.plan.lengths:
-            batch = max(bench.plan.tokens // length, 1)
-            shape = (batch, _HEADS, length, _HEAD_DIM)
+        for length, head_dim in itertools.product(bench.plan.lengths, bench.plan.head_dims):
+            batch, heads = max(bench.plan.tokens // length, 1), _WIDTH // head_dim
+            shape = (batch, heads, length, head_dim)
             q, k, v, gradient = (_random(math.prod(shape), dtype, bench.device).view(shape) for _ in range(4))
             trained = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
 
@@ -388,7 +392,7 @@ def _attention(bench: _Bench, dtypes: Sequence[str]) -> tuple[Attention, ...]:
 
             for direction, run in (("forward", forward), ("forward+backward", both)):
                 facts = {
-                    "length": length, "head_dim": _HEAD_DIM, "heads": batch * _HEADS, "dtype": dtype, "direction": direction,
+                    "length": length, "head_dim": head_dim, "heads": batch * heads, "dtype": dtype, "direction": direction,
                 }  # fmt: skip
                 task = _Task(run, facts)
                 bench.warm_up(task)

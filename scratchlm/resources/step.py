@@ -56,6 +56,12 @@ class Step:
         return self.micro_batch * self.length
 
 
+def as_compiled_on_a_cpu(config: ModelConfig, length: int) -> ModelConfig:
+    """The same with what ``auto`` attention takes inside torch.compile on a CPU: blocks, for short sequences."""
+    short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= 1024
+    return config.model_copy(update={"attention_kernel": "blocked"}) if short else config
+
+
 def trace_step(
     config: ModelConfig,
     optim: OptimConfig,

@@ -39,8 +39,20 @@ class Cost:
 class Machine(Protocol):
     """Something that knows times."""
 
-    name: str
-    assumptions: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """What the times are of."""
+        ...
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What they rest on, a sentence each."""
+        ...
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it computes as torch does on a CPU."""
+        ...
 
     def of(self, operation: Operation) -> Cost:
         """An operation by itself."""
@@ -104,6 +116,10 @@ class Datasheet:
             f"a kernel starts every {self.launch * 1e6:g} µs at best",
         )
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.kind == "cpu"
+
     def of(self, operation: Operation) -> Cost:
         moved = (operation.read + operation.written) / (self.bandwidth_share * self._bandwidth)
         if not operation.flops:
@@ -157,11 +173,16 @@ class Measured:
             f"times of {self.measurement.machine}, {self.measurement.threads} threads, measured {self.measurement.date[:10]}",
         )
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.measurement.device == "cpu"
+
     def of(self, operation: Operation) -> Cost:
         call, dtype = self.measurement.call_seconds, self._dtype(operation.dtype)
         shape = product_shape(operation)
         if shape is not None and min(shape) > 0:
-            return self._bounded(self.measurement.seconds_of_product(*shape, dtype), operation)
+            fastest = operation.flops / self.measurement.ceiling(dtype)  # a timing's noise is no speed
+            return self._bounded(max(fastest, self.measurement.seconds_of_product(*shape, dtype)), operation)
         if is_attention(operation) and operation.flops:
             return self._bounded(operation.flops / self._attention_rate(operation, dtype) + call, operation)
         if operation.flops:

@@ -154,6 +154,7 @@ class Tracer(TorchDispatchMode):
         self._root = type(model).__name__
         self._known: dict[int, Storage] = {}
         self._watchers: dict[int, Any] = {}
+        self._makers: dict[int, str] = {}  # sequence number of an autograd node → module
 
     def __enter__(self) -> Tracer:
         self._modules.__enter__()
@@ -192,8 +193,13 @@ class Tracer(TorchDispatchMode):
     def _module(self) -> str:
         if self.phase == "optimizer":
             return ""
+        node = torch._C._current_autograd_node()
+        if node is not None:  # backward: an operation belongs to the module that made its node in the forward pass
+            return self._makers.get(node._sequence_nr(), "")
         path = max(self._modules.parents - {"Global"}, key=len, default="")
-        return path.removeprefix(self._root).removeprefix(".")
+        path = path.removeprefix(self._root).removeprefix(".")
+        self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, path)
+        return path
 
     def _note(self, tensor: Tensor, maker: str) -> Storage:
         memory = tensor.untyped_storage()
@@ -218,9 +224,9 @@ class Tracer(TorchDispatchMode):
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         out = func(*args, **kwargs)
         made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        if func.is_view or func.namespace == "prim" or not (made or given):
-            return out
         name = func._schema.name.split("::")[-1]
+        if func.is_view or name in _VIEWS or func.namespace == "prim" or not (made or given):
+            return out
         old = {t.untyped_storage()._cdata for t in given}
         fresh = [t for t in made if t.untyped_storage()._cdata not in old]
         for tensor in fresh:
@@ -235,8 +241,8 @@ class Tracer(TorchDispatchMode):
                 self.phase,
                 self._module(),
                 int(count(*args, **kwargs, out_val=out)) if count is not None else 0,
-                sum(_bytes(t) for t in given),
-                sum(_bytes(t) for t in (made if made and not in_place else results)),
+                0 if name in _UNTOUCHED else sum(_bytes(t) for t in given),
+                0 if name in _UNTOUCHED else sum(_bytes(t) for t in (made if made and not in_place else results)),
                 tuple(tuple(t.shape) for t in given),
                 results[0].dtype if results else torch.float32,
                 numbers,
@@ -244,6 +250,13 @@ class Tracer(TorchDispatchMode):
             )
         )
         return out
+
+
+_VIEWS = {"_unsafe_view"}
+"""Views that torch does not call so: their argument is given up."""
+
+_UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""They make memory and touch none of it."""
 
 
 class _Forgetful(list[Operation]):

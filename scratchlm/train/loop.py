@@ -17,12 +17,12 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.errors import UserError
-from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.progress import progress
 from scratchlm.section import flat_fields
 from scratchlm.tokenizer import Tokenizer
+from scratchlm.train import fitting
 from scratchlm.train.checkpoint import (
     Checkpoint,
     Progress,
@@ -34,6 +34,7 @@ from scratchlm.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
+from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
 
@@ -96,6 +97,8 @@ class Trainer:
         trackers: called with every line of metrics, after it is on disk.
         seed: of dropout and jitter; a resumed run goes on from the saved state of the generators.
         tokenizer: saved in every checkpoint; a run resumes with the same one only.
+        plan: what a step will need, for micro-batches that are to be fitted; None: they are found by trying.
+        utilisation: (FLOP/s, precision) → share of the device's peak; None: it is not shown.
         say: receives one-line messages for the user.
         show_progress: show the bar.
     """
@@ -111,18 +114,23 @@ class Trainer:
     trackers: Callable[[Mapping[str, Any]], None] = lambda record: None
     tokenizer: Tokenizer | None = None
     seed: int = 0
+    plan: fitting.Plan | None = None
+    utilisation: Utilisation | None = None
     say: Callable[[str], None] = print
     show_progress: bool = True
     state: Progress = field(default_factory=Progress)
     _signal: int | None = None
     _figures: dict[str, Any] = field(default_factory=dict)
+    _parts: int | None = None  # micro-batches per step, as they were fitted
+    _live: Live = field(default_factory=Live)
 
     def fit(self) -> Progress:
         """Train until `config.steps`, from the newest checkpoint if there is one.
 
         Raises:
             Interrupted: a signal arrived.
-            UserError: the checkpoint is of another model, or too many losses in a row were not finite.
+            UserError: the checkpoint is of another model, too many losses in a row were not finite, or memory does not
+                suffice for the micro-batches demanded (if they are fitted: for one sequence).
         """
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.optim)
@@ -174,6 +182,46 @@ class Trainer:
         )
         if compiling.value == "on":
             self.loss.compile()
+        if self.config.parts is None:
+            self._fit_memory(as_before=found[-1].state().get("parts") if found else None)
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches per step, at present."""
+        return self.config.parts or self._parts or 1
+
+    def _fit_memory(self, as_before: Any) -> None:
+        """Choose how batches are split, and try it on a batch of random ids; nothing of the run changes.
+
+        Args:
+            as_before: the parts that the run to be resumed had, if any: its last digits depend on them.
+        """
+        config = self.config
+        if type(as_before) is int and as_before >= 1 and config.batch_size % as_before == 0:
+            self._parts = as_before
+            self.say(f"micro-batches of {config.batch_size // as_before}, as before")
+            return
+        self._parts = 1
+        if self.plan is None:  # the first step will tell
+            return
+        with fitting.untouched_generators(self.device):
+            state = self.optimizers.named_state().values()
+            held = fitting.held_bytes([*self.model.parameters(), *self.model.buffers(), *state], self.device)
+            size, need = fitting.choose(config, self.state.precision, self.device, held, self.plan, self.say)
+            self._parts = config.batch_size // size
+            # The optimizer's state comes with the first step: until then its room is taken here.
+            missing = max(0, need.state - fitting.held_bytes(state, self.device))
+            with fitting.refused_not_killed(self.device):
+                room = fitting.occupied(missing, self.device)
+                self._backward(self.plan.probe(config.batch_size))
+                del room
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        """Gradients and sums of a step that does not count."""
+        self.optimizers.zero_grad()
+        self.loss.after_step(updated=False)
+        fitting.release(self.device)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress()
@@ -200,7 +248,11 @@ class Trainer:
     def _run(self) -> None:
         config, state = self.config, self.state
         self._clock = time.perf_counter() - state.seconds
-        self._interval = (time.perf_counter(), state.tokens)
+        self._live = Live(
+            self.model.training_flops_per_token(self.model.config.context_length),
+            self.utilisation,
+            lambda: memory_in_use(self.device),
+        )
         with progress(
             description="train", total=config.steps, initial=state.step, unit="step", show=self.show_progress
         ) as bar:
@@ -232,31 +284,15 @@ class Trainer:
 
     def _step(self) -> tuple[float, float, int]:
         """One optimizer step, in the lecture's six moves; returns loss (nats per token), gradient norm, tokens."""
-        config = self.config
-        micro_batches = _split(self.loader.next_batch(), config.accumulation)
-        tokens = sum(int((self.loss.targets(batch) != IGNORE_INDEX).sum()) for batch in micro_batches)
-        self.optimizers.set_lr(lr_multiplier(self.state.step, config.steps, self.optim))
-        try:
-            total = self._gradients(micro_batches, tokens)
-        except Exception as error:
-            if not self.loss.compiled or not _is_compiler_error(error):
-                raise
-            if self._signal is not None:  # Ctrl-C reaches the C++ compiler too: it did not fail, it was stopped
-                raise Interrupted(
-                    f"{signal.Signals(self._signal).name}: stopped while compiling, after step {self.state.step:,} of "
-                    f"{config.steps:,}; the same command goes on from the last checkpoint",
-                    self._signal,
-                ) from error
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            self.say(f"torch.compile failed ({first_line}): going on without it, slower")
-            self.loss.eager()
-            self.state.compile = "off"
-            total = self._gradients(micro_batches, tokens)
+        batch = self.loader.next_batch()
+        self.optimizers.set_lr(lr_multiplier(self.state.step, self.config.steps, self.optim))
+        total, tokens = self._backward(batch)
         norm = float(clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf))
         if (extra := self.loss.extra()) is not None:
             total = total - extra
         mean = float(total) / max(tokens, 1)
         updated = math.isfinite(mean) and math.isfinite(norm)
+        self._live.add(tokens, batch.targets.numel())
         if self._logs(self.state.step + 1):
             self._figures = self.loss.figures()
         self.loss.after_step(updated)
@@ -265,6 +301,60 @@ class Trainer:
             self.state.skipped_in_a_row = 0
             return mean, norm, tokens
         return self._skip(mean, norm), norm, tokens
+
+    def _backward(self, batch: Any) -> tuple[Tensor, int]:
+        """The batch's gradient; returns its summed loss and the number of its targets.
+
+        What fails for want of memory, or of a working compiler, is done again on the same batch in another way.
+        """
+        tokens = fitting.count_targets(self.loss.targets(batch))
+        drawn = None if self.config.parts is not None else generator_states(self.device)
+        while True:
+            try:
+                return self._gradients(fitting.split(batch, self.parts), tokens), tokens
+            except Exception as error:
+                if fitting.is_out_of_memory(error):
+                    self._smaller_parts(error)
+                elif self.loss.compiled and _is_compiler_error(error):
+                    self._without_compiler(error)
+                else:
+                    raise
+            # Only here the exception is gone, and with it the tensors that its frames held.
+            self._forget_step()
+            if drawn is not None:
+                restore_generators(drawn, self.device)
+
+    def _smaller_parts(self, error: Exception) -> None:
+        """Back off to the next smaller micro-batch, or say why there is none."""
+        config, step = self.config, self.state.step + 1
+        size = config.batch_size // self.parts
+        if config.parts is not None:
+            raise UserError(
+                f"out of memory at step {step} with {size} sequences at once: set train.micro_batch = auto, or a smaller "
+                "number; the same command then goes on from the last checkpoint"
+            ) from error
+        less = fitting.smaller(config.batch_size, size)
+        if less is None:
+            raise UserError(
+                f"out of memory at step {step} with a single sequence at once: lower model.context_length or the model's "
+                "size, or choose another device"
+            ) from error
+        self._parts = config.batch_size // less
+        message = f"out of memory with {size} sequences at once: going on with micro-batches of {less}, {self._parts} per step"
+        self._record({"kind": "event", "step": step, "message": message})
+        self.say(message)
+
+    def _without_compiler(self, error: Exception) -> None:
+        if self._signal is not None:  # Ctrl-C reaches the C++ compiler too: it did not fail, it was stopped
+            raise Interrupted(
+                f"{signal.Signals(self._signal).name}: stopped while compiling, after step {self.state.step:,} of "
+                f"{self.config.steps:,}; the same command goes on from the last checkpoint",
+                self._signal,
+            ) from error
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        self.say(f"torch.compile failed ({first_line}): going on without it, slower")
+        self.loss.eager()
+        self.state.compile = "off"
 
     def _logs(self, step: int) -> bool:
         """Whether this step gets a line of metrics."""
@@ -316,7 +406,7 @@ class Trainer:
         )
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
         self.say(f"step {state.step:,}: validation loss {result['loss']:.4f}{bits}")
-        self._interval = (time.perf_counter(), state.tokens)  # validation does not count as training speed
+        self._live.restart()  # validation does not count as training speed
         best = math.inf if state.best_loss is None else state.best_loss
         if result["loss"] < best:  # never true of NaN
             state.best_loss, state.best_step = result["loss"], state.step
@@ -327,6 +417,10 @@ class Trainer:
         state = self.state
         if not state.loss_steps:  # all steps since the last line were skipped
             return
+        speed, complaint = self._live.figures(state.precision)
+        if complaint is not None:
+            self._record({"kind": "event", "step": state.step, "message": complaint})
+            self.say(complaint)
         self._record(
             {
                 "kind": "train",
@@ -335,13 +429,13 @@ class Trainer:
                 "lr": self._lr(),
                 "grad_norm": norm,
                 "tokens": state.tokens,
-                "tokens_per_second": self._speed(),
                 "seconds": self._elapsed(),
+                **speed,
                 **self._figures,
             }
         )
         state.loss_sum, state.loss_steps = 0.0, 0
-        self._interval = (time.perf_counter(), state.tokens)
+        self._live.restart()
 
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.log(record)
@@ -351,11 +445,6 @@ class Trainer:
         """The learning rate of the step just made."""
         return self.optim.lr * lr_multiplier(self.state.step - 1, self.config.steps, self.optim)
 
-    def _speed(self) -> float:
-        """Tokens per second since the last line of metrics, validations and checkpoints not counted."""
-        since, tokens = self._interval
-        return (self.state.tokens - tokens) / max(time.perf_counter() - since, 1e-9)
-
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
 
@@ -363,13 +452,14 @@ class Trainer:
         state = self.state
         state.seconds = self._elapsed()
         tensors = {**self.optimizers.named_state(), **generator_states(self.device)}
-        saved = {"progress": vars(state), "loader": self.loader.state_dict()}
+        saved = {"progress": vars(state), "loader": self.loader.state_dict(), "parts": self.parts}
         save_checkpoint(self._checkpoints, state.step, self.model, tensors, saved, self.tokenizer)
         prune(self._checkpoints, self.config.keep_checkpoints, state.best_step)
-        self._interval = (time.perf_counter(), state.tokens)  # nor does writing checkpoints
+        self._live.restart()  # nor does writing checkpoints
 
     def _update_bar(self, bar: Any, loss: float) -> None:
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self._lr():.2e}", tok_s=f"{self._speed():,.0f}", refresh=False)
+        live = self._live.postfix(self.state.precision)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self._lr():.2e}", **live, refresh=False)
         bar.update(1)
 
     def _install(self, number: int) -> Any:
@@ -387,18 +477,6 @@ class Trainer:
             os.write(
                 2, b"\nscratchlm: finishing this step, then writing a checkpoint; Ctrl-C again stops at once\n"
             )
-
-
-def _split(batch: Any, parts: int) -> list[Any]:
-    """A batch in `parts` micro-batches of equal size."""
-    if parts == 1:
-        return [batch]
-    names = ("inputs", "targets", "positions", "documents")
-    pieces = {
-        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).chunk(parts)
-        for name in names
-    }
-    return [type(batch)(**{name: pieces[name][i] for name in names}) for i in range(parts)]
 
 
 def _is_compiler_error(error: Exception) -> bool:

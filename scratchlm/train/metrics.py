@@ -2,13 +2,17 @@
 
 Three kinds of lines, told apart by ``kind``::
 
-    {"kind": "train", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    {"kind": "train", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "flops_per_second",
+     "mfu", "memory_bytes"}
         and, with experts, "expert_load" (a list per layer), "expert_max_over_mean", "expert_dropped", "router_entropy",
         "router_loss", all of the step that is logged
     {"kind": "validation", "step", "loss", "perplexity", "bits_per_byte", "tokens", "seconds"}
     {"kind": "event", "step", "message"}
 
-Losses are in nats per token; ``tokens`` and ``seconds`` (training wall-clock) are cumulative, also over resumes.
+Losses are in nats per token; ``tokens`` and ``seconds`` (training wall-clock) are cumulative, also over resumes. Speeds are
+those since the last line, validations and checkpoints not counted: tokens are targets, FLOPs those of the model's own
+products, forward and backward. ``mfu`` is their share of the device's peak (measured on this machine, else its maker's) and is
+missing where no peak is known. ``memory_bytes`` is what is in use: :func:`scratchlm.train.live.memory_in_use`.
 
 JSON has no NaN and no infinity, and a diverged run needs both. They are written as the strings ``"NaN"``,
 ``"Infinity"`` and ``"-Infinity"`` (null would forget which of the three it was), so that every line is JSON which any

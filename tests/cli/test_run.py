@@ -401,5 +401,7 @@ def test_the_bar_shows_loss_rate_speed_and_time_left(small: Path, capfd: pytest.
     assert main(["train", "small.toml"]) == 0
     bar = capfd.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert re.search(
-        r"train: 100%.* 24/24 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d\.\d+, lr=\S+, tok_s=[\d,]+\]", bar
+        r"train: 100%.* 24/24 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d\.\d+, lr=\S+, mem=\d+\.\d\dGB, "
+        r"(mfu=\d+\.\d%, )?tok_s=[\d,]+\]",
+        bar,
     ), bar

@@ -21,7 +21,7 @@ from scratchlm.resources.estimate import (
     model_of,
     vocabulary,
 )
-from scratchlm.resources.step import Step, trace_step
+from scratchlm.resources.step import Step, as_compiled_on_a_cpu, trace_step
 from scratchlm.resources.timing import Datasheet
 from scratchlm.resources.trace import Operation, Storage, Trace
 
@@ -84,9 +84,15 @@ def test_the_search_finds_the_last_that_fits(a: int, b: int, bend: int, rows: in
         return max(a + b * batch, bend + (b + 7) * batch)
 
     known = {rows: peak(rows), 2 * rows: peak(2 * rows)}
-    found = largest_fitting(peak, memory, known, tries=40)
+    found = largest_fitting(peak, memory, known, most=10**9, tries=40)
     assert (found == 0 or peak(found) <= memory) and peak(found + 1) > memory
     assert len(known) <= 20
+
+
+def test_beyond_what_is_traced_the_line_is_followed() -> None:
+    asked: list[int] = []
+    found = largest_fitting(lambda rows: asked.append(rows) or 100 + 7 * rows, 1e6, {2: 114, 4: 128}, most=50)
+    assert found == (1_000_000 - 100) // 7 and asked == [50]
 
 
 def test_what_could_be_saved() -> None:
@@ -150,6 +156,22 @@ def test_an_mfu_on_a_large_model_is_what_the_assumptions_say() -> None:
     found = estimate(given, precision="bf16", machine=h100, micro_batch=4, compiled=True, savings=False)
     assert found.time is not None
     assert 0.2 < found.time.model_flops_per_second / h100.device.peak("bf16") < 0.7
+
+
+def test_inside_a_compiler_a_cpu_takes_attention_in_blocks() -> None:
+    given = recipe(model={"context_length": 512})
+    cpu = Datasheet(find("h100").model_copy(update={"kind": "cpu"}))
+    times = [
+        estimate(given, precision="fp32", machine=machine, compiled=True, savings=False).time
+        for machine in (cpu, Datasheet(find("h100")))
+    ]
+    assert times[0] is not None and times[1] is not None
+    assert times[0].step != times[1].step  # other operations
+    config = model_of(given)
+    assert as_compiled_on_a_cpu(config, 512).attention_kernel == "blocked"
+    assert as_compiled_on_a_cpu(config, 2048) is config
+    named = config.model_copy(update={"attention_kernel": "sdpa"})
+    assert as_compiled_on_a_cpu(named, 512) is named
 
 
 def test_dropout_inside_attention_keeps_scores_unless_it_is_fused() -> None:
