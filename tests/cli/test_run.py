@@ -155,6 +155,8 @@ def test_another_way_to_compute_the_same_may_go_on(
         "model.linear.form": "recurrent",
         "model.linear.chunk": "8",
         "model.moe.dispatch": "reference",
+        "train.accumulation": "2",
+        "train.micro_batch": "1",
     }
     lines(capfd, "train", "small.toml", *SIX)
     shutil.rmtree(last_checkpoint(small / "runs/small"))
