@@ -81,9 +81,10 @@ def training(given: dict[str, Any]) -> Any:
     """A function that does one step as the trainer does."""
     import torch
 
+    from scratchlm.data.loader import Batch
     from scratchlm.model import Transformer
     from scratchlm.optim import build_optimizers, clip_grad_norm
-    from scratchlm.resources.step import CPU, Batch
+    from scratchlm.resources.step import CPU
     from scratchlm.train.loss import NextTokenLoss
     from scratchlm.train.precision import autocast
 

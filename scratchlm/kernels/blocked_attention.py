@@ -89,9 +89,8 @@ def _scores(
         away = distances(*sizes, q.device) if visible is None else visible.distance(rows, columns)
         raw = raw - scores.slopes.to(raw.dtype)[:, None, None] * away
     allowed = causal_triangle(*sizes, q.device) if visible is None else visible.tile(rows, columns)
-    hide = (
-        raw.masked_fill if torch.is_grad_enabled() else raw.masked_fill_
-    )  # in place: nobody else holds the scores
+    # In place where nothing is learnt: nobody else holds the scores.
+    hide = raw.masked_fill if torch.is_grad_enabled() else raw.masked_fill_
     return hide(~allowed, float("-inf"))
 
 

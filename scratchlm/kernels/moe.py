@@ -152,9 +152,8 @@ def _each_where_it_lies(
     inner = product(x.index_select(0, order // experts.shape[1]), up, up_bias)
     y = product(activate(inner), down, down_bias)
     chosen = torch.empty_like(y).index_copy_(0, order, y).view(*experts.shape, -1)
-    wide = chosen.to(
-        torch.promote_types(y.dtype, gates.dtype)
-    )  # at once: a product of two dtypes converts number by number
+    # At once: a product of two dtypes converts number by number.
+    wide = chosen.to(torch.promote_types(y.dtype, gates.dtype))
     return (wide * gates[..., None]).sum(1).to(y.dtype)
 
 

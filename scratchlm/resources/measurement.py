@@ -155,7 +155,7 @@ class Measurement(Section):
             if transfer.operation == "copy"
         )
         points = [(math.log(size), math.log(rate)) for size, rate in copies]
-        return math.exp(_between(points, math.log(working_set)))
+        return math.exp(between(points, math.log(working_set)))
 
     def seconds_of_product(
         self, m: int, n: int, k: int, dtype: str, routine: Literal["torch", "onednn"] = "torch"
@@ -221,7 +221,7 @@ def _distance(one: Sequence[int], other: Sequence[int]) -> float:
     return sum(math.log(a / b) ** 2 for a, b in zip(one, other, strict=True))
 
 
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+def between(points: Sequence[tuple[float, float]], x: float) -> float:
     """The line through `points` (sorted) at `x`; constant outside of them."""
     if x <= points[0][0]:
         return points[0][1]

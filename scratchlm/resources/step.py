@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
@@ -18,16 +19,6 @@ from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Batch:
-    """A micro-batch of packed sequences, as loaders give them."""
-
-    inputs: Tensor
-    targets: Tensor
-    positions: Tensor | None = None
-    documents: Tensor | None = None
 
 
 @dataclass

@@ -12,7 +12,6 @@ stretch is never written.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Literal, Protocol
 import torch
 
 from scratchlm.resources.devices import Device
-from scratchlm.resources.measurement import Measurement
+from scratchlm.resources.measurement import Measurement, between
 from scratchlm.resources.trace import Operation, Trace
 
 Bound = Literal["compute", "memory", "calls"]
@@ -237,7 +236,8 @@ class Measured:
             for one in self.measurement.elementwise
             if one.operation == kind and one.dtype == dtype
         ) or sorted((one.tensor_bytes, one.bytes_per_second) for one in self.measurement.elementwise)
-        return _log_linear(points, size)
+        logs = [(math.log(size), math.log(rate)) for size, rate in points]
+        return math.exp(between(logs, math.log(max(size, 1))))
 
 
 def _kind(name: str) -> str:
@@ -247,16 +247,6 @@ def _kind(name: str) -> str:
     if "norm" in name:
         return "layer_norm"
     return "silu" if any(part in name for part in _EXPONENTIALS) else "add"
-
-
-def _log_linear(points: Sequence[tuple[float, float]], size: float) -> float:
-    if size <= points[0][0]:
-        return points[0][1]
-    for (low, slow), (high, fast) in itertools.pairwise(points):
-        if size <= high:
-            part = math.log(size / low) / math.log(high / low)
-            return math.exp(math.log(slow) + part * (math.log(fast) - math.log(slow)))
-    return points[-1][1]
 
 
 def stretches(trace: Trace) -> Iterator[list[Operation]]:

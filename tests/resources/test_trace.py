@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.data.loader import Batch
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.optim import build_optimizers
-from scratchlm.resources.step import CPU, Batch, Step, trace_step
+from scratchlm.resources.step import CPU, Step, trace_step
 from scratchlm.resources.trace import FLOPS, Storage, Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
