@@ -135,23 +135,46 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer, learning-rate schedule, clipping."""
 
-    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+    optimizer: Literal["adamw", "adam", "lion", "adafactor", "sgd", "muon"] = Field(
         default="adamw", description="muon: Muon on hidden matrices, AdamW on embeddings, head and norms."
     )
-    lr: float = Field(default=1e-3, gt=0, le=1000, description="Peak learning rate (of AdamW or SGD).")
+    lr: float = Field(
+        default=1e-3,
+        gt=0,
+        le=1000,
+        description="Peak learning rate (of all but Muon). Lion wants 3 to 10 times less than AdamW.",
+    )
     embedding_lr: float | None = Field(
         default=None,
         gt=0,
         le=1000,
-        description="Peak learning rate of the token embedding (AdamW or SGD); None: lr.",
+        description="Peak learning rate of the token embedding; None: lr.",
     )
     muon_lr: float = Field(default=0.02, gt=0, le=1000, description="Peak learning rate of Muon's matrices.")
     betas: tuple[DecayRate, DecayRate] = Field(
-        default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
+        default=(0.9, 0.95), description="AdamW's and Adam's decay rates of the two moments."
     )
-    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's ε.")
+    lion_betas: tuple[DecayRate, DecayRate] = Field(
+        default=(0.9, 0.99), description="Lion's decay rates of the step's direction and of its memory."
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's and Adam's ε.")
+    adafactor_decay: float = Field(
+        default=-0.8, ge=-1, lt=0, description="Adafactor: step t keeps 1 − t^this of its second moments."
+    )
+    adafactor_clip: float = Field(
+        default=1.0, ge=1, le=1e6, description="Adafactor: largest RMS of an update, times the learning rate."
+    )
+    adafactor_relative_step: bool = Field(
+        default=False, description="Adafactor: the learning rate of step t is at most 1/√t (the paper: lr = 0.01)."
+    )
+    adafactor_scale_parameter: bool = Field(
+        default=False, description="Adafactor: the learning rate is relative to each parameter's RMS (the paper)."
+    )
     weight_decay: float = Field(
         default=0.1, ge=0, le=1000, description="Decoupled decay, times the learning rate, per step."
+    )
+    adam_weight_decay: float = Field(
+        default=0.0, ge=0, le=1000, description="Adam's, in place of weight_decay: added to the gradient (L2)."
     )
     muon_weight_decay: float = Field(default=0.0, ge=0, le=1000, description="Decoupled decay of Muon's matrices.")
     decay_embeddings_and_norms: bool = Field(default=False, description="Apply weight decay to these too.")
@@ -159,8 +182,9 @@ class OptimConfig(Section):
     nesterov: bool = Field(default=True, description="Nesterov momentum in SGD and Muon.")
     implementation: Literal["auto", "reference", "foreach", "fused"] = Field(
         default="auto",
-        description="How AdamW and SGD update: one tensor at a time, multi-tensor, or fused; equal up to rounding. Muon: "
-        "reference iterates in fp32, the others in bf16 where that is native, so that their digits differ.",
+        description="How parameters are updated: one tensor at a time, multi-tensor, or fused (where torch has a kernel); "
+        "equal up to rounding. Muon: reference iterates in fp32, the others in bf16 where that is native, so that their "
+        "digits differ.",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then linear decay."

@@ -386,8 +386,8 @@ def test_hints_for_other_mistakes() -> None:
         ("[optim]\nlr = inf", "optim.lr = inf"),
         ("[optim]\nbetas = [0.9]", "optim.betas.1"),
         (
-            "[optim]\noptimizer = 'adam'",
-            r"optim.optimizer = 'adam' is unknown; did you mean adamw\?; allowed: adamw, ",
+            "[optim]\noptimizer = 'adamww'",
+            r"optim.optimizer = 'adamww' is unknown; did you mean adamw\?; allowed: adamw, adam, lion, adafactor, ",
         ),
         ("[model]\nheads = 3", "model: heads = 3 does not divide d_model = 256"),
         ("model = 4", "model = 4"),

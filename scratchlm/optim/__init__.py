@@ -1,8 +1,11 @@
 """Optimizers, learning-rate schedules and gradient clipping."""
 
+from scratchlm.optim.adafactor import Adafactor
+from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
 from scratchlm.optim.build import Optimizers, build_optimizers, parameter_roles
 from scratchlm.optim.clipping import clip_grad_norm
+from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
 from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
 from scratchlm.optim.schedules import lr_multiplier
@@ -10,7 +13,10 @@ from scratchlm.optim.sgd import SGD
 
 __all__ = [
     "SGD",
+    "Adafactor",
+    "Adam",
     "AdamW",
+    "Lion",
     "Muon",
     "Optimizers",
     "build_optimizers",

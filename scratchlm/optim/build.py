@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from scratchlm.config import OptimConfig
 from scratchlm.errors import UserError
+from scratchlm.optim.adafactor import Adafactor
+from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
+from scratchlm.optim.implementation import GroupedOptimizer
+from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
 from scratchlm.optim.sgd import SGD
 
@@ -50,14 +54,14 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 class Optimizers:
-    """One or two torch optimizers that act as one.
+    """One or two optimizers that act as one.
 
     Args:
         optimizers: name → optimizer, e.g. ``{"muon": …, "adamw": …}``.
         names: name → parameter; every parameter of every optimizer has one.
     """
 
-    def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[str, nn.Parameter]) -> None:
+    def __init__(self, optimizers: dict[str, GroupedOptimizer], names: dict[str, nn.Parameter]) -> None:
         self.optimizers = optimizers
         self.names = names
         self._name_of = {id(parameter): name for name, parameter in names.items()}
@@ -102,7 +106,7 @@ class Optimizers:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
 
-    def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+    def _states(self) -> Iterator[tuple[str, GroupedOptimizer, nn.Parameter]]:
         for prefix, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -131,30 +135,30 @@ class Optimizers:
             UserError: a name that belongs to no parameter here, a wrong shape, or a parameter with only some of its state.
         """
         loaded: dict[str, dict[Tensor, dict[str, Tensor]]] = {prefix: {} for prefix in self.optimizers}
-        owned = {(prefix, self._name_of[id(p)]): p for prefix, _, p in self._states()}
+        owned = {(prefix, self._name_of[id(p)]): (p, o.state_shapes(p)) for prefix, o, p in self._states()}
         for full, value in named.items():
             prefix, _, rest = full.partition(".")
             key, _, name = rest.partition(".")
-            parameter = owned.get((prefix, name))
-            if parameter is None:
+            parameter, shapes = owned.get((prefix, name), (None, {}))
+            if parameter is None or key not in shapes:
                 raise UserError(
                     f"the saved optimizer state has {full}, which this model and optimizer do not have; "
                     "resume with the model and optim settings it was saved with"
                 )
-            if value.shape != (torch.Size() if key == "step" else parameter.shape):
+            if value.shape != shapes[key]:
+                of = "the parameter" if shapes[key] == parameter.shape else "this parameter's"
                 raise UserError(
-                    f"the saved optimizer state {full} has shape {tuple(value.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}; resume with the model it was saved with"
+                    f"the saved optimizer state {full} has shape {tuple(value.shape)}, {of} {tuple(shapes[key])}; "
+                    "resume with the model it was saved with"
                 )
-            if value.ndim:
+            if value.ndim and value.shape == parameter.shape:  # in the parameter's layout, too
                 copy = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             else:
                 copy = value.detach().to(parameter.device, copy=True)
             loaded[prefix].setdefault(parameter, {})[key] = copy
         for prefix, optimizer in self.optimizers.items():
-            keys = {key for state in loaded[prefix].values() for key in state}
             for owner, state in loaded[prefix].items():
-                if missing := keys - set(state):
+                if missing := set(optimizer.state_shapes(owner)) - set(state):
                     raise UserError(
                         f"the saved optimizer state lacks {prefix}.{min(missing)}.{self._name_of[id(owner)]}; "
                         "the file is incomplete"
@@ -166,7 +170,7 @@ class Optimizers:
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     """The optimizers of `config` for the parameters of `model`.
 
-    ``muon`` updates hidden matrices (role ``matrix``) by Muon and all others by AdamW; ``adamw`` and ``sgd`` update all.
+    ``muon`` updates hidden matrices (role ``matrix``) by Muon and all others by AdamW; every other one updates all.
     Norms, biases and embeddings are not decayed unless `decay_embeddings_and_norms` is set. See :func:`parameter_roles`.
 
     Args:
@@ -176,8 +180,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     Raises:
         UserError: the model has nothing to train, or an unknown optimizer.
     """
-    if config.optimizer not in ("adamw", "sgd", "muon"):
-        raise UserError(f"optim.optimizer = {config.optimizer!r} is unknown; allowed: adamw, sgd, muon")
+    if config.optimizer not in (known := (*_BUILDERS, "muon")):
+        raise UserError(f"optim.optimizer = {config.optimizer!r} is unknown; allowed: {', '.join(known)}")
     roles = parameter_roles(model)
     named = dict(model.named_parameters())
     names = {name: named[name] for name in roles}
@@ -207,31 +211,40 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         return [group for group in found if group["params"]]
 
     matrices = [name for name, role in roles.items() if role == "matrix" and names[name].ndim >= 2]
-    optimizers: dict[str, torch.optim.Optimizer] = {}
+    optimizers: dict[str, GroupedOptimizer] = {}
     rest = list(names)
-    if config.optimizer == "muon" and matrices:
-        optimizers["muon"] = Muon(
-            groups(config.muon_weight_decay, matrices),
-            lr=config.muon_lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            implementation=config.implementation,
-        )
+    if config.optimizer == "muon":
+        if matrices:
+            optimizers["muon"] = Muon(
+                groups(config.muon_weight_decay, matrices),
+                lr=config.muon_lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                implementation=config.implementation,
+            )
         rest = [name for name in names if name not in set(matrices)]
-    if rest and config.optimizer == "sgd":
-        optimizers["sgd"] = SGD(
-            groups(config.weight_decay, rest),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            implementation=config.implementation,
-        )
-    elif rest:
-        optimizers["adamw"] = AdamW(
-            groups(config.weight_decay, rest),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            implementation=config.implementation,
-        )
+    if rest:
+        kind = "adamw" if config.optimizer == "muon" else config.optimizer
+        decay = config.adam_weight_decay if kind == "adam" else config.weight_decay
+        options = {"lr": config.lr, "implementation": config.implementation}
+        optimizers[kind] = _BUILDERS[kind](config, groups(decay, rest), options)
     return Optimizers(optimizers, names)
+
+
+_BUILDERS: dict[str, Callable[[OptimConfig, list[dict[str, Any]], dict[str, Any]], GroupedOptimizer]] = {
+    "adamw": lambda config, groups, options: AdamW(groups, betas=config.betas, eps=config.eps, **options),
+    "adam": lambda config, groups, options: Adam(groups, betas=config.betas, eps=config.eps, **options),
+    "lion": lambda config, groups, options: Lion(groups, betas=config.lion_betas, **options),
+    "adafactor": lambda config, groups, options: Adafactor(
+        groups,
+        decay=config.adafactor_decay,
+        clip=config.adafactor_clip,
+        relative_step=config.adafactor_relative_step,
+        scale_parameter=config.adafactor_scale_parameter,
+        **options,
+    ),
+    "sgd": lambda config, groups, options: SGD(
+        groups, momentum=config.momentum, nesterov=config.nesterov, **options
+    ),
+}
+"""Those that update every kind of parameter, by name: (config, groups, lr and implementation) → the optimizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,10 +12,15 @@ from torch import Tensor
 from scratchlm.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "reference", "foreach", "fused")
+SCALAR = torch.Size()
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
     """An optimizer that updates all parameters of one group, device and dtype at once, in :meth:`_update`."""
+
+    # torch wraps these two so that their first call imports its compiler, which takes longer than a whole estimate.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -27,6 +33,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
             for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
                 self._update(parameters, group)
         return loss
+
+    def state_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        """What is remembered of `parameter` once it was updated: the key in its state → the shape."""
+        raise NotImplementedError
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update `parameters`, all of which have gradients, with the settings of `group`."""

@@ -100,6 +100,10 @@ class Muon(GroupedOptimizer):
                     )
                 split_sizes(parameter)
 
+    def state_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        """As for any optimizer."""
+        return {"momentum_buffer": parameter.shape}
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:

@@ -52,6 +52,10 @@ class SGD(GroupedOptimizer):
             params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         )
 
+    def state_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        """As for any optimizer, with momentum."""
+        return {"momentum_buffer": parameter.shape}
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if group["momentum"]:
             for parameter in parameters:

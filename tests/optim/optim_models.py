@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,32 @@ def set_gradients(parameters: Iterable[Tensor], step: int) -> None:
         drawn = torch.where(drawn.abs() < 0.1, 0.0, drawn) * scale
         parameter.grad = drawn.to(parameter.dtype)
     parameters[-1].grad = None
+
+
+def compare(
+    ours: type,
+    theirs: type,
+    mine: dict[str, Any],
+    other: dict[str, Any],
+    implementation: str,
+    tolerances: tuple[float, float] = (1e-6, 1e-7),
+    scheduled: bool = True,
+) -> None:
+    """100 steps of both, in fp32 and fp64; learning rates change as `mine` says unless they are not `scheduled`."""
+    for dtype, tolerance in zip((torch.float32, torch.float64), tolerances, strict=True):
+        left, right = parameters(dtype), parameters(dtype)
+        start = [p.detach().clone() for p in left]
+        a, b = ours(left, implementation=implementation, **mine), theirs(right, **other)
+        for step in range(100):
+            for optimizer, group in ((a, left), (b, right)):
+                set_gradients(group, step)
+                for settings in optimizer.param_groups if scheduled else ():
+                    settings["lr"] = mine["lr"] * (1 + math.sin(step))
+                optimizer.step()
+        for p, q, old in zip(left, right, start, strict=True):
+            scale = max(1.0, q.abs().max().item())
+            torch.testing.assert_close(p, q, rtol=0, atol=tolerance * scale)
+            assert torch.equal(p, old) == (p is left[-1]), "all move but the one without a gradient"
 
 
 def small_model(seed: int = 0, *, tied: bool = False) -> Transformer:

@@ -14,7 +14,7 @@ from scratchlm.errors import UserError
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.optim import AdamW, Muon, build_optimizers, parameter_roles
 
-OPTIMIZERS = ["adamw", "sgd", "muon"]
+OPTIMIZERS = ["adamw", "adam", "lion", "adafactor", "sgd", "muon"]
 
 
 def expected_role(name: str) -> str:
@@ -68,7 +68,7 @@ def test_muon_gets_hidden_matrices_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("all_decay", [False, True])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adam"])  # whose decay is a gradient
 def test_what_shrinks_when_there_is_nothing_to_learn(optimizer: str, all_decay: bool) -> None:
     """With zero gradients a parameter moves by its decay alone: norms and embeddings do not, unless asked."""
     model = small_model()
@@ -97,7 +97,8 @@ def test_what_shrinks_when_there_is_nothing_to_learn(optimizer: str, all_decay: 
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_lowers_the_loss(optimizer: str, tied: bool) -> None:
     model = small_model(tied=tied)
-    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer, lr=1e-2, momentum=0.9))
+    lr = {"lion": 3e-3, "adafactor": 3e-2}.get(optimizer, 1e-2)
+    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer, lr=lr, momentum=0.9))
     ids = torch.randint(13, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def loss() -> float:
@@ -137,10 +138,11 @@ def test_a_state_saved_by_name_goes_on_bit_for_bit(optimizer: str, implementatio
         train_step(model, optimizers, step)
     saved = {name: value.clone() for name, value in optimizers.named_state().items()}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    key = {"adamw": "adamw.exp_avg", "sgd": "sgd.momentum_buffer", "muon": "muon.momentum_buffer"}[optimizer]
-    assert f"{key}.blocks.0.attention.qkv.weight" in saved
-    if optimizer != "sgd":
-        assert saved["adamw.step.norm.weight"].item() == 3
+    keys = {"adafactor": "column_mean", "sgd": "momentum_buffer", "muon": "momentum_buffer"}
+    assert f"{optimizer}.{keys.get(optimizer, 'exp_avg')}.blocks.0.attention.qkv.weight" in saved
+    if optimizer not in ("sgd", "lion"):
+        counts = "adamw" if optimizer == "muon" else optimizer
+        assert saved[f"{counts}.step.norm.weight"].item() == 3
 
     other = small_model(seed=99)
     others = build_optimizers(other, config)
@@ -190,6 +192,8 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
         ({**good, "adamw.exp_avg.blocks.9.norm": torch.zeros(1)}, "does not have|do not have"),
         ({f"sgd.{name}": value for name, value in good.items()}, "do not have"),
         (without(qkv), f"lacks {qkv}"),
+        ({**good, qkv.replace("exp_avg", "row_mean"): torch.zeros(48)}, "do not have"),
+        ({name: value for name, value in good.items() if ".exp_avg." not in name}, "lacks adamw.exp_avg."),
     ):
         with pytest.raises(UserError, match=message):
             optimizers.load_named_state(wrong)
@@ -203,7 +207,7 @@ def test_nothing_to_train_and_unknown_optimizers() -> None:
     with pytest.raises(UserError, match="nothing to optimize"):
         build_optimizers(small_model().requires_grad_(False), OptimConfig())
     with pytest.raises(UserError, match="unknown; allowed"):
-        build_optimizers(small_model(), OptimConfig().model_copy(update={"optimizer": "lion"}))
+        build_optimizers(small_model(), OptimConfig().model_copy(update={"optimizer": "shampoo"}))
     only_vectors = nn.LayerNorm(4)
     assert set(build_optimizers(only_vectors, OptimConfig(optimizer="muon")).optimizers) == {"adamw"}
 

@@ -1,37 +1,21 @@
-"""AdamW, SGD and Muon against torch's own, step by step."""
+"""AdamW, SGD and Muon against torch's own, step by step; Muon against the polar factor."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from optim_models import IMPLEMENTATIONS, parameters, set_gradients
+from optim_models import IMPLEMENTATIONS, compare, parameters, set_gradients
 from torch import nn
 
 from scratchlm.errors import UserError
 from scratchlm.optim import SGD, AdamW, Muon
+from scratchlm.optim.newton_schulz import fast_dtype
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def compare(ours: type, theirs: type, mine: dict[str, Any], other: dict[str, Any], implementation: str) -> None:
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-7)):
-        left, right = parameters(dtype), parameters(dtype)
-        start = [p.detach().clone() for p in left]
-        a, b = ours(left, implementation=implementation, **mine), theirs(right, **other)
-        for step in range(100):
-            for optimizer, group in ((a, left), (b, right)):
-                set_gradients(group, step)
-                for settings in optimizer.param_groups:  # a schedule at work
-                    settings["lr"] = mine["lr"] * (1 + math.sin(step))
-                optimizer.step()
-        for p, q, old in zip(left, right, start, strict=True):
-            scale = max(1.0, q.abs().max().item())
-            torch.testing.assert_close(p, q, rtol=0, atol=tolerance * scale)
-            assert torch.equal(p, old) == (p is left[-1]), "all move but the one without a gradient"
 
 
 @every_implementation
@@ -98,6 +82,41 @@ def test_muon_is_torchs(nesterov: bool, implementation: str) -> None:
     for p, q, old in zip(left, right, start, strict=True):
         assert (p - q).norm() < 0.05 * (q - old).norm()
         assert (q - old).norm() > 0.1
+
+
+def polar(matrix: np.ndarray) -> np.ndarray:
+    """The nearest matrix with orthonormal rows or columns: U Vᵀ of U S Vᵀ, in float64."""
+    u, _, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    return u @ vt
+
+
+@every_implementation
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
+def test_muons_step_is_the_polar_factor_of_its_momentum(
+    shape: tuple[int, int], nesterov: bool, implementation: str
+) -> None:
+    """The quintic takes singular values into [0.68, 1.21], so the step is within 0.32 of U Vᵀ in the spectral norm, and
+    it leaves U and V, so that U Vᵀ is its own polar factor, too."""
+    generator = np.random.default_rng(0)
+    rank = min(shape)
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([p], lr=0.5, momentum=0.9, nesterov=nesterov, implementation=implementation)
+    momentum = np.zeros(shape)
+    for _ in range(3):
+        before = p.detach().double().numpy().copy()
+        u, _ = np.linalg.qr(generator.standard_normal((shape[0], rank)))
+        v, _ = np.linalg.qr(generator.standard_normal((shape[1], rank)))
+        gradient = u * np.geomspace(0.05, 1.0, rank) @ v.T  # conditioned: none is too small for five steps
+        p.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        wanted = polar(0.1 * gradient + 0.9 * momentum if nesterov else momentum)
+        step = (before - p.detach().double().numpy()) / (0.5 * max(1, shape[0] / shape[1]) ** 0.5)
+        half = implementation != "reference" and fast_dtype("cpu") == torch.bfloat16
+        assert np.linalg.norm(step - wanted, 2) < (0.4 if half else 0.33)
+        if not half:
+            np.testing.assert_allclose(polar(step), wanted, rtol=0, atol=1e-4)
 
 
 def test_muon_batched_is_the_reference_in_float32() -> None:
