@@ -187,11 +187,17 @@ class OptimConfig(Section):
         "digits differ.",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then linear decay."
+        default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then a decay."
     )
     warmup_steps: int = Field(default=100, ge=0, le=10**12, description="Linear warm-up from zero.")
     decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: share of all steps spent decaying.")
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
+        default="linear",
+        description="wsd: the decay's curve; sqrt: 1 − √p, steep at first and long at small rates.",
+    )
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak; 0: the decay ends at zero."
+    )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from scratchlm.config import OptimConfig
 from scratchlm.errors import UserError
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+"""From 1 to 0 while the decay progresses from 0 to 1."""
 
 
 def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -18,12 +26,15 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
     constant  1
     linear    1 − (1 − r) p with p = (t − W) / (T − W)
     cosine    r + (1 − r) (1 + cos πp) / 2 (Loshchilov & Hutter 2017, without restarts)
-    wsd       1, then linear to r over the last D = round(`decay_fraction` · T) steps (Hu et al. 2024), never
-              starting before the warm-up ends
+    wsd       1, then r + (1 − r) f(p) over the last D = round(`decay_fraction` · T) steps (Hu et al. 2024), never
+              starting before the warm-up ends; p = (t − (T − D)) / D, f by `decay_shape`:
+
+              linear 1 − p, sqrt 1 − √p (Hägele et al. 2024, arXiv 2405.18392), cosine (1 + cos πp) / 2
     ========  ==================================================================================================
 
-    So the last step, T − 1, has exactly r (except under ``constant``, and ``wsd`` with D = 0); steps beyond it keep that value. A warm-up that is
-    longer than the run is just cut off. With ``total_steps`` = 0 no step is ever taken; the value is the warm-up's or r.
+    So the last step, T − 1, has exactly r, the first one of the decay to have it (except under ``constant``, and ``wsd`` with D = 0); steps
+    beyond it keep that value. With r = 0 the last step therefore leaves the weights as they are. A warm-up that is longer
+    than the run is just cut off. With ``total_steps`` = 0 no step is ever taken; the value is the warm-up's or r.
 
     Args:
         step: 0-based.
@@ -31,7 +42,7 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
         config: the schedule's fields.
 
     Raises:
-        UserError: an unknown schedule, or a negative `step` or `total_steps`.
+        UserError: an unknown schedule or shape, or a negative `step` or `total_steps`.
     """
     if step < 0 or total_steps < 0:
         raise UserError(f"step = {step} and total_steps = {total_steps} must be at least 0")
@@ -42,13 +53,16 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
     if config.schedule == "constant":
         return 1.0
     decay = total_steps - warmup
-    if config.schedule == "wsd":
+    shape: str = config.schedule
+    if shape == "wsd":
+        shape = config.decay_shape
+        if shape not in _SHAPES:
+            raise UserError(f"optim.decay_shape = {shape!r} is unknown; allowed: {', '.join(_SHAPES)}")
         decay = min(decay, round(config.decay_fraction * total_steps))
-    elif config.schedule not in ("cosine", "linear"):
+    elif shape not in ("cosine", "linear"):
         raise UserError(f"optim.schedule = {config.schedule!r} is unknown; allowed: cosine, linear, wsd, constant")
     if decay > 0:
         progress = min(max((t - (total_steps - decay)) / decay, 0.0), 1.0)
     else:  # nothing to decay over: wsd stays at the peak, the others are past their end
         progress = 0.0 if config.schedule == "wsd" else 1.0
-    shape = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * _SHAPES[shape](progress)

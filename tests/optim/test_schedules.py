@@ -15,6 +15,7 @@ from scratchlm.errors import UserError
 from scratchlm.optim import lr_multiplier
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]
+SHAPES = ["linear", "sqrt", "cosine"]
 
 
 def curve(total: int, **fields: object) -> list[float]:
@@ -39,6 +40,37 @@ def test_points_by_hand() -> None:
     assert curve(1, schedule="cosine", warmup_steps=0, min_lr_ratio=0.3) == pytest.approx([0.3])
 
 
+def test_shapes_of_the_decay_by_hand() -> None:
+    """Two steps of warm-up, four of peak, four of decay: p = ¼, ½, ¾, 1."""
+    shared = {"schedule": "wsd", "warmup_steps": 2, "decay_fraction": 0.4}
+    before = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    roots = [0.5, 1 - 0.7071067811865476, 1 - 0.8660254037844386, 0.0]
+    bends = [0.8535533905932737, 0.5, 0.14644660940672627, 0.0]
+    for shape, after in (("linear", [0.75, 0.5, 0.25, 0.0]), ("sqrt", roots), ("cosine", bends)):
+        found = curve(10, min_lr_ratio=0.0, decay_shape=shape, **shared)
+        assert found == pytest.approx([*before, *after], abs=1e-15), shape
+        raised = curve(10, min_lr_ratio=0.2, decay_shape=shape, **shared)
+        assert raised == pytest.approx([*before, *(0.2 + 0.8 * value for value in after)]), shape
+    assert curve(10, min_lr_ratio=0.0, **shared) == curve(10, min_lr_ratio=0.0, decay_shape="linear", **shared)
+
+
+@given(st.sampled_from(SHAPES), st.integers(2, 400), st.integers(0, 100), st.floats(0.01, 1))
+def test_a_decay_to_zero_reaches_it_with_the_last_step_alone(
+    shape: str, total: int, warmup: int, fraction: float
+) -> None:
+    assume(warmup < total and round(fraction * total) > 0)
+    values = curve(
+        total, schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, decay_shape=shape, min_lr_ratio=0.0
+    )
+    assert values[-1] == 0.0 and all(value > 0 for value in values[:-1])
+
+
+def test_the_other_schedules_do_not_read_the_shape() -> None:
+    for schedule in ("cosine", "linear", "constant"):
+        plain = curve(20, schedule=schedule, warmup_steps=3)
+        assert all(curve(20, schedule=schedule, warmup_steps=3, decay_shape=shape) == plain for shape in SHAPES)
+
+
 def test_cosine_is_torchs() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -57,9 +89,14 @@ def test_cosine_is_torchs() -> None:
     st.integers(0, 400),
     st.floats(0, 1),
     st.floats(0, 1),
+    st.sampled_from(SHAPES),
 )
-def test_what_holds_of_every_schedule(schedule: str, total: int, warmup: int, floor: float, decay: float) -> None:
-    config = OptimConfig(schedule=schedule, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=decay)
+def test_what_holds_of_every_schedule(
+    schedule: str, total: int, warmup: int, floor: float, decay: float, shape: str
+) -> None:
+    config = OptimConfig(
+        schedule=schedule, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=decay, decay_shape=shape
+    )
     values = [lr_multiplier(step, total, config) for step in range(total + 5)]
     assert all(0 <= value <= 1 + 1e-12 for value in values)
     rise, fall = values[:warmup], values[warmup:]
@@ -89,4 +126,6 @@ def test_errors_and_no_steps() -> None:
         lr_multiplier(0, -1, OptimConfig())
     with pytest.raises(UserError, match="unknown"):
         lr_multiplier(200, 300, OptimConfig().model_copy(update={"schedule": "wave"}))
+    with pytest.raises(UserError, match="decay_shape = 'wave' is unknown; allowed: linear, sqrt, cosine"):
+        lr_multiplier(200, 300, OptimConfig(schedule="wsd").model_copy(update={"decay_shape": "wave"}))
     assert lr_multiplier(0, 0, OptimConfig(warmup_steps=0, min_lr_ratio=0.1)) == pytest.approx(0.1)
