@@ -199,6 +199,13 @@ class OptimConfig(Section):
         default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak; 0: the decay ends at zero."
     )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay per step of a running average of the weights, validated and saved beside them (over about "
+        "1 / (1 − ema) steps); 0: none.",
+    )
 
 
 class TrainConfig(Section):

@@ -1,10 +1,11 @@
-"""Optimizers, learning-rate schedules and gradient clipping."""
+"""Optimizers, learning-rate schedules, gradient clipping, an average of the weights."""
 
 from scratchlm.optim.adafactor import Adafactor
 from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
 from scratchlm.optim.build import Optimizers, build_optimizers, parameter_roles
 from scratchlm.optim.clipping import clip_grad_norm
+from scratchlm.optim.ema import WeightAverage
 from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
 from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
@@ -19,6 +20,7 @@ __all__ = [
     "Lion",
     "Muon",
     "Optimizers",
+    "WeightAverage",
     "build_optimizers",
     "clip_grad_norm",
     "lr_multiplier",

@@ -13,6 +13,7 @@ from scratchlm.errors import UserError
 from scratchlm.optim.adafactor import Adafactor
 from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
+from scratchlm.optim.ema import WeightAverage
 from scratchlm.optim.implementation import GroupedOptimizer
 from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
@@ -59,11 +60,18 @@ class Optimizers:
     Args:
         optimizers: name → optimizer, e.g. ``{"muon": …, "adamw": …}``.
         names: name → parameter; every parameter of every optimizer has one.
+        average: of the parameters, updated after each step; its state is saved with the optimizers'.
     """
 
-    def __init__(self, optimizers: dict[str, GroupedOptimizer], names: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        optimizers: dict[str, GroupedOptimizer],
+        names: dict[str, nn.Parameter],
+        average: WeightAverage | None = None,
+    ) -> None:
         self.optimizers = optimizers
         self.names = names
+        self.average = average
         self._name_of = {id(parameter): name for name, parameter in names.items()}
         for group in self.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -74,9 +82,11 @@ class Optimizers:
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def step(self) -> None:
-        """One update by every optimizer."""
+        """One update by every optimizer, and of the average."""
         for optimizer in self.optimizers.values():
             optimizer.step()
+        if self.average is not None:
+            self.average.update()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -89,7 +99,7 @@ class Optimizers:
             group["lr"] = group["initial_lr"] * multiplier
 
     def state_dict(self) -> dict[str, Any]:
-        """Name of the optimizer → its torch state dict."""
+        """Name of the optimizer → its torch state dict. The average is in :meth:`named_state` alone."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,7 +134,7 @@ class Optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensor = value if isinstance(value, Tensor) else torch.tensor(value)
                 named[f"{prefix}.{key}.{self._name_of[id(parameter)]}"] = tensor
-        return named
+        return named if self.average is None else {**named, **self.average.named_state()}
 
     def load_named_state(self, named: dict[str, Tensor]) -> None:
         """Replace all state by (copies of) `named`, as :meth:`named_state` gave it, on each parameter's device.
@@ -134,6 +144,11 @@ class Optimizers:
         Raises:
             UserError: a name that belongs to no parameter here, a wrong shape, or a parameter with only some of its state.
         """
+        averaged: tuple[int, dict[str, Tensor]] = (0, {})
+        if self.average is not None:
+            own = {name for name in named if name.partition(".")[0] == WeightAverage.PREFIX}
+            averaged = self.average.checked({name: named[name] for name in own})
+            named = {name: value for name, value in named.items() if name not in own}
         loaded: dict[str, dict[Tensor, dict[str, Tensor]]] = {prefix: {} for prefix in self.optimizers}
         owned = {(prefix, self._name_of[id(p)]): (p, o.state_shapes(p)) for prefix, o, p in self._states()}
         for full, value in named.items():
@@ -163,8 +178,11 @@ class Optimizers:
                         f"the saved optimizer state lacks {prefix}.{min(missing)}.{self._name_of[id(owner)]}; "
                         "the file is incomplete"
                     )
+        for prefix, optimizer in self.optimizers.items():
             optimizer.state.clear()
             optimizer.state.update(loaded[prefix])
+        if self.average is not None:
+            self.average.load(averaged)
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
@@ -228,7 +246,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         decay = config.adam_weight_decay if kind == "adam" else config.weight_decay
         options = {"lr": config.lr, "implementation": config.implementation}
         optimizers[kind] = _BUILDERS[kind](config, groups(decay, rest), options)
-    return Optimizers(optimizers, names)
+    return Optimizers(optimizers, names, WeightAverage(names, config.ema) if config.ema else None)
 
 
 _BUILDERS: dict[str, Callable[[OptimConfig, list[dict[str, Any]], dict[str, Any]], GroupedOptimizer]] = {

@@ -7,6 +7,7 @@
         state.json             step, place in the data, seconds, tokens, best loss, decisions
         tokenizer.json         so that the folder is whole
         README.md              what all this is: every field with its value and meaning
+        ema/                   with optim.ema: the averaged weights, their config.json, tokenizer.json and README.md
 
 Only safetensors and JSON: nothing in a checkpoint is code.
 """
@@ -32,11 +33,15 @@ from scratchlm.files import atomic_directory, read_json, write_json, write_text
 from scratchlm.model.card import card
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
+from scratchlm.optim.ema import WeightAverage
 from scratchlm.section import validate
 from scratchlm.tokenizer import Tokenizer
 
 _NAME = re.compile(r"step-(\d+)")
 
+
+AVERAGED = "ema"
+"""The folder of the averaged weights within a checkpoint."""
 
 FORMAT_VERSION = 1
 """Raised when a change makes old checkpoints continue differently: they are then not resumed."""
@@ -135,8 +140,15 @@ class Checkpoint:
         }
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Optimizer and generator states by name."""
+        """Optimizer and generator states by name; not the averaged weights."""
         return _load(self.path / "optimizer.safetensors")
+
+    def averages(self, average: WeightAverage) -> dict[str, Tensor]:
+        """The averaged weights of the parameters of `average`, named as in its state; none where none were saved."""
+        if not (self.path / AVERAGED).exists():
+            return {}
+        saved = _load(self.path / AVERAGED / "model.safetensors")
+        return {f"{average.PREFIX}.average.{name}": saved[name] for name in average.parameters if name in saved}
 
 
 @contextlib.contextmanager
@@ -167,6 +179,8 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 def checkpoint_at(path: Path) -> Checkpoint:
     """The checkpoint that a user means by `path`: a checkpoint folder, a ``checkpoints`` folder, or a run (its last).
 
+    ``ema`` below any of these means its averaged weights.
+
     Raises:
         UserError: there is none.
     """
@@ -176,6 +190,11 @@ def checkpoint_at(path: Path) -> Checkpoint:
     for folder in (path / "checkpoints", path):
         if found := checkpoints(folder):
             return found[-1]
+    if path.name == AVERAGED and not path.exists() and path.parent.exists():
+        raw = checkpoint_at(path.parent)
+        if not (raw.path / AVERAGED).exists():
+            raise UserError(f"{raw.path} holds no averaged weights; train with optim.ema above 0 to have them")
+        return Checkpoint(raw.path / AVERAGED, raw.step)
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run's folder or one of its checkpoints")
     raise UserError(f"{path} holds no checkpoint; name a run's folder or one of its checkpoints")
@@ -188,8 +207,18 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
+    average: WeightAverage | None = None,
 ) -> Checkpoint:
     """Write ``folder/step-XXXXXXXX``, complete or not at all.
+
+    Args:
+        folder: of all checkpoints.
+        step: names the checkpoint.
+        model: its weights are saved, and once more as the `average` has them.
+        optimizer: states by name. What is in the averaged weights is not written twice.
+        state: plain JSON values.
+        tokenizer: saved beside the weights.
+        average: of the model's parameters.
 
     Raises:
         UserError: the disk is full; earlier checkpoints are untouched.
@@ -197,7 +226,14 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
     with atomic_directory(target) as temporary:
         save_weights(model, temporary, tokenizer)
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in optimizer.items()}
+        twice: set[str] = set()
+        if average is not None and average.updates:
+            (temporary / AVERAGED).mkdir()
+            with average.swapped():
+                save_weights(model, temporary / AVERAGED, tokenizer)
+            twice = average.named_state().keys() - {average.COUNT}
+        kept = {name: tensor for name, tensor in optimizer.items() if name not in twice}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}
         _save(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", dict(state))
     return Checkpoint(target, step)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +35,7 @@ from scratchlm.train.checkpoint import (
 from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
+from scratchlm.train.signals import Interrupted, Signals
 
 
 class Loader(Protocol):
@@ -71,14 +70,6 @@ class Loss(Protocol):
     def after_step(self, updated: bool = True) -> None:
         """The optimizer has stepped (or the step was skipped)."""
         ...
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the training; the message says where the run will go on."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -119,7 +110,7 @@ class Trainer:
     say: Callable[[str], None] = print
     show_progress: bool = True
     state: Progress = field(default_factory=Progress)
-    _signal: int | None = None
+    _signals: Signals = field(default_factory=Signals)
     _figures: dict[str, Any] = field(default_factory=dict)
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
@@ -139,13 +130,8 @@ class Trainer:
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         try:
             self._start()
-            handlers = {number: self._install(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
+            with self._signals:
                 self._run()
-            finally:
-                for number, handler in handlers.items():
-                    if handler is not None:
-                        signal.signal(number, handler)
         finally:
             self.metrics.close()
         return self.state
@@ -238,6 +224,8 @@ class Trainer:
             )
         load_weights(self.model, checkpoint)
         tensors = checkpoint.optimizer()
+        if self.optimizers.average is not None:
+            tensors |= checkpoint.averages(self.optimizers.average)
         restore_generators(tensors, self.device)
         self.optimizers.load_named_state({k: v for k, v in tensors.items() if not k.startswith("rng.")})
         self.loader.load_state_dict(checkpoint.state()["loader"])
@@ -270,7 +258,7 @@ class Trainer:
                 improved = False
                 if last or state.step % config.eval_interval == 0:
                     improved = self._evaluate()
-                stop = self._signal  # read once: it may come at any moment
+                stop = self._signals.arrived  # read once: it may come at any moment
                 if last or improved or stop is not None or state.step % config.checkpoint_interval == 0:
                     self._save()
                 if stop is not None:
@@ -345,11 +333,12 @@ class Trainer:
         self.say(message)
 
     def _without_compiler(self, error: Exception) -> None:
-        if self._signal is not None:  # Ctrl-C reaches the C++ compiler too: it did not fail, it was stopped
+        stop = self._signals.arrived
+        if stop is not None:  # Ctrl-C reaches the C++ compiler too: it did not fail, it was stopped
             raise Interrupted(
-                f"{signal.Signals(self._signal).name}: stopped while compiling, after step {self.state.step:,} of "
+                f"{signal.Signals(stop).name}: stopped while compiling, after step {self.state.step:,} of "
                 f"{self.config.steps:,}; the same command goes on from the last checkpoint",
-                self._signal,
+                stop,
             ) from error
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         self.say(f"torch.compile failed ({first_line}): going on without it, slower")
@@ -393,8 +382,12 @@ class Trainer:
         """Validate, log, and say whether it is the best so far."""
         if self.validate is None:
             return False
-        result = dict(self.validate())
+        result, said = dict(self.validate()), ""
         state = self.state
+        if (average := self.optimizers.average) is not None:
+            with average.swapped():
+                result |= {f"{name}_ema": value for name, value in self.validate().items()}
+            said = f", averaged weights {result['loss_ema']:.4f}"
         self._record(
             {
                 "kind": "validation",
@@ -405,7 +398,7 @@ class Trainer:
             }
         )
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
-        self.say(f"step {state.step:,}: validation loss {result['loss']:.4f}{bits}")
+        self.say(f"step {state.step:,}: validation loss {result['loss']:.4f}{bits}{said}")
         self._live.restart()  # validation does not count as training speed
         best = math.inf if state.best_loss is None else state.best_loss
         if result["loss"] < best:  # never true of NaN
@@ -453,7 +446,8 @@ class Trainer:
         state.seconds = self._elapsed()
         tensors = {**self.optimizers.named_state(), **generator_states(self.device)}
         saved = {"progress": vars(state), "loader": self.loader.state_dict(), "parts": self.parts}
-        save_checkpoint(self._checkpoints, state.step, self.model, tensors, saved, self.tokenizer)
+        average = self.optimizers.average
+        save_checkpoint(self._checkpoints, state.step, self.model, tensors, saved, self.tokenizer, average)
         prune(self._checkpoints, self.config.keep_checkpoints, state.best_step)
         self._live.restart()  # nor does writing checkpoints
 
@@ -461,22 +455,6 @@ class Trainer:
         live = self._live.postfix(self.state.precision)
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self._lr():.2e}", **live, refresh=False)
         bar.update(1)
-
-    def _install(self, number: int) -> Any:
-        """Take over a signal; None where that is impossible (outside the main thread)."""
-        try:
-            return signal.signal(number, self._on_signal)
-        except ValueError:
-            return None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: now
-        self._signal = number
-        if number == signal.SIGINT:  # os.write: a handler may come in the middle of another print
-            os.write(
-                2, b"\nscratchlm: finishing this step, then writing a checkpoint; Ctrl-C again stops at once\n"
-            )
 
 
 def _is_compiler_error(error: Exception) -> bool:

@@ -7,6 +7,7 @@ Three kinds of lines, told apart by ``kind``::
         and, with experts, "expert_load" (a list per layer), "expert_max_over_mean", "expert_dropped", "router_entropy",
         "router_loss", all of the step that is logged
     {"kind": "validation", "step", "loss", "perplexity", "bits_per_byte", "tokens", "seconds"}
+        and, with ``optim.ema``, "loss_ema", "perplexity_ema", "bits_per_byte_ema" of the averaged weights
     {"kind": "event", "step", "message"}
 
 Losses are in nats per token; ``tokens`` and ``seconds`` (training wall-clock) are cumulative, also over resumes. Speeds are
