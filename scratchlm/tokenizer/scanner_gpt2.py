@@ -1,0 +1,84 @@
+r"""GPT-2's pattern on masks of 64 bytes (``scanner_blocks.py``):
+
+    '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    bytes    I t ' s ␣ ␣ 4 2 , ␣ o k
+    letters  1 1 0 1 0 0 0 0 0 0 1 1
+    starts   1 0 1 1 1 0 1 0 1 0 1 0     each run of a class begins a pre-token …
+             1 0 1 1 1 1 0 0 1 1 0 0     … a blank before it joins it; the last of several white characters stands alone …
+             1 0 1 0 1 1 0 0 1 1 0 0     … and a contraction takes its letters along
+
+A block begins where a pre-token begins, so nothing has to be carried over from the one before. What the block leaves open
+(its last pre-token) is looked at again as the beginning of the next.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scratchlm.tokenizer.scanner_blocks import (
+    BLOCK,
+    ascii_masks,
+    build,
+    first_bits,
+    inner,
+    inner_reference,
+    leading_zeros,
+    trailing_zeros,
+    wide_masks,
+)
+
+_ONE, _TWO, _NONE = np.uint64(1), np.uint64(2), np.uint64(0)
+_contraction = inner_reference("contraction")
+
+
+@inner
+def _starts(data, at, end, pages, leaves, option):
+    length = end - at
+    whole = length > BLOCK  # the text goes on behind the block
+    length = min(length, BLOCK)
+    upper, lower, numbers, white, blanks, _, apostrophes, _, high, continuation = ascii_masks(data, at)
+    letters = upper | lower
+    inside = first_bits(length)
+    tails = _NONE
+    high &= inside
+    if high != _NONE:
+        more = wide_masks(data, at, high, continuation & inside, whole, pages, leaves)
+        letters |= more[0]
+        numbers |= more[1]
+        white |= more[2]
+        tails, length = more[6], min(length, more[7])
+        inside = first_bits(length)
+    letters &= inside
+    numbers &= inside
+    white &= inside
+    others = inside & ~(letters | numbers | white)
+
+    starts = letters & ~(letters << _ONE) | numbers & ~(numbers << _ONE) | others & ~(others << _ONE)
+    starts &= ~(blanks << _ONE)
+    last = white & ~(white >> _ONE) & (inside >> _ONE)  # white, and what follows is not and is in sight
+    last = last & ~tails | (last & tails) >> _ONE  # from its last byte to its first: at most three
+    last = last & ~tails | (last & tails) >> _ONE
+    starts |= white & ~(white << _ONE) | last
+    apostrophes &= starts
+    while apostrophes != _NONE:
+        place = trailing_zeros(apostrophes)
+        apostrophes &= apostrophes - _ONE
+        size = _contraction(data, at + place, end)
+        if size > 0:
+            starts &= ~(_TWO << np.uint64(place))
+            if place + size < BLOCK:
+                starts |= _ONE << np.uint64(place + size)
+    if not whole:
+        if length < BLOCK:
+            starts |= _ONE << np.uint64(length)
+    elif (white >> np.uint64(length - 1)) & _ONE != _NONE:
+        # Where the white space ends is out of sight: only its beginning is certain.
+        before = inside & ~white
+        if before == _NONE:
+            return _NONE
+        starts &= first_bits(BLOCK + 1 - leading_zeros(before))
+    return starts & ~_ONE
+
+
+scan = build("gpt2", _starts, inner_reference("match_gpt2"))

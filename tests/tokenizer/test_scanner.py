@@ -1,0 +1,117 @@
+"""Scanners: spans equal those of `regex`, and those of the reference that goes character by character, on every input."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scanner_oracle as oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scratchlm.tokenizer import scanner_reference as reference
+from scratchlm.tokenizer import unicode_classes
+from scratchlm.tokenizer.patterns import PATTERNS
+from scratchlm.tokenizer.scanner import scanner_for
+
+NAMES = ["gpt2"]
+MATCH = {"gpt2": reference.match_gpt2}
+
+
+def walk(name: str, text: bytes) -> list[tuple[int, int]]:
+    """Spans by the reference, in plain Python."""
+    data, spans, at = np.frombuffer(text, np.uint8), [], 0
+    while at < len(text):
+        start, at = at, MATCH[name](data, at, len(text), *unicode_classes.class_pages())
+        spans.append((start, at))
+    return spans
+
+
+@given(text=oracle.texts)
+@settings(deadline=None, max_examples=400)
+@pytest.mark.parametrize("name", NAMES)
+def test_spans_equal_those_of_regex(name, text):
+    rows = oracle.scan_all(scanner_for(name), text, [(0, len(text), 5)])
+    assert rows == [*oracle.expected(PATTERNS[name], text), (-1, 5)]
+
+
+@given(text=oracle.texts)
+@settings(deadline=None, max_examples=100)
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_equals_regex(name, text):
+    assert walk(name, text) == oracle.expected(PATTERNS[name], text)
+
+
+@given(texts=st.lists(oracle.texts, max_size=6), capacity=st.integers(1, 70), behind=st.integers(0, 70))
+@settings(deadline=None, max_examples=100)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_capacity_and_several_regions(name, texts, capacity, behind):
+    data, regions, rows = b"", [], []
+    for index, text in enumerate(texts):
+        data += b"x "  # what stands between regions belongs to none
+        start = len(data)
+        data += text
+        regions.append((start, len(data), index - 1))
+        rows += [(start + a, start + b) for a, b in oracle.expected(PATTERNS[name], text)] + [(-1, index - 1)]
+    data += b"'" * behind
+    assert oracle.scan_all(scanner_for(name), data, regions, capacity) == rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_boundaries(name):
+    # Every piece at every place around the end of a block, of the buffer and of a region.
+    scan = scanner_for(name)
+    for filler in ["a", "ab ", "é", "漢", " ", "1", "!", "a\n", "A"]:
+        for piece in [*oracle.PIECES, *oracle.NOT_UTF8]:
+            middle = piece if isinstance(piece, bytes) else piece.encode()
+            texts = [
+                (filler * 64).encode()[:n] + middle + tail for n in range(58, 67) for tail in (b"", b"x", b" y")
+            ]
+            regions, data = [], b""
+            for text in texts:
+                regions.append((len(data), len(data) + len(text), 0))
+                data += text
+            want = [
+                row
+                for text, region in zip(texts, regions, strict=True)
+                for row in [
+                    *((region[0] + a, region[0] + b) for a, b in oracle.expected(PATTERNS[name], text)),
+                    (-1, 0),
+                ]
+            ]
+            assert oracle.scan_all(scan, data, regions) == want, (filler, piece)
+
+
+def test_classes_are_those_of_the_installed_regex():
+    ours, theirs = unicode_classes.code_point_classes(), unicode_classes.classes_of_regex()
+    differ = np.flatnonzero(ours != theirs)
+    assert not len(differ), (
+        f"the installed regex has another Unicode version than {unicode_classes.UNICODE_VERSION}: {len(differ)} code points "
+        "differ: " + " ".join(f"U+{point:04X}" for point in differ[:200])
+    )
+
+
+def test_pages_hold_every_code_point():
+    pages, leaves = unicode_classes.class_pages()
+    points = np.arange(unicode_classes.CODE_POINTS)
+    assert np.array_equal(leaves[pages[points >> 6], points & 63], unicode_classes.code_point_classes())
+
+
+def test_no_regions_and_empty_regions():
+    scan = scanner_for("gpt2")
+    assert oracle.scan_all(scan, b"abc", []) == []
+    assert oracle.scan_all(scan, b"", [(0, 0, -1), (0, 0, 7)]) == [(-1, -1), (-1, 7)]
+
+
+def test_scanners_are_found_by_name_and_by_text():
+    assert scanner_for("gpt2") is scanner_for(PATTERNS["gpt2"]) is not None
+    assert scanner_for(r"\w+") is None
+    assert pickle.loads(pickle.dumps(scanner_for("gpt2"))).name == "gpt2"
+
+
+def test_importing_loads_no_numba():
+    code = "import sys, scratchlm.tokenizer.scanner as s; s.scanner_for('gpt2'); assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
