@@ -218,6 +218,18 @@ class TrainConfig(Section):
         "random ones.",
     )
     batch_size: int = Field(default=16, ge=1, description="Sequences per optimizer step.")
+    batch_warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        le=10**12,
+        description="Steps over which the batch grows from batch_warmup_start to batch_size, in equal pieces; 0: whole from "
+        "the first.",
+    )
+    batch_warmup_start: int = Field(
+        default=1,
+        ge=1,
+        description="With batch_warmup_steps: sequences of the first step, and by which it grows; divides batch_size.",
+    )
     micro_batch: Fitted | None = Field(
         default=None,
         description="Sequences computed at once; auto: the most that divide batch_size and fit the device's memory; None: "
@@ -271,6 +283,14 @@ class TrainConfig(Section):
     )
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default=[], description="Besides metrics.jsonl.")
     project: str = Field(default="scratchlm", description="Project name for trackers.")
+
+    def batch_size_at(self, step: int) -> int:
+        """Sequences of optimizer step `step`, counted from 0."""
+        if step >= self.batch_warmup_steps:
+            return self.batch_size
+        smaller = self.batch_size // self.batch_warmup_start - 1  # sizes before the last one
+        pieces = 1 + step * smaller // self.batch_warmup_steps
+        return self.batch_warmup_start * pieces
 
     @property
     def parts(self) -> int | None:
@@ -338,6 +358,10 @@ class Recipe(Section):
         for name, number in (("accumulation", train.accumulation), ("micro_batch", train.micro_batch)):
             if isinstance(number, int) and train.batch_size % number:
                 raise ValueError(f"train.{name} = {number} does not divide train.batch_size = {train.batch_size}")
+        if train.batch_size % train.batch_warmup_start:
+            raise ValueError(
+                f"train.batch_warmup_start = {train.batch_warmup_start} does not divide train.batch_size = {train.batch_size}"
+            )
         if isinstance(train.micro_batch, int) and train.accumulation not in (1, "auto", train.parts):
             raise ValueError(
                 f"train.micro_batch = {train.micro_batch} times train.accumulation = {train.accumulation} is not "

@@ -237,6 +237,7 @@ class Pipeline:
         from scratchlm.data.prefetch import Prefetcher
         from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
+        from scratchlm.train.batch_warmup import GrowingBatches
         from scratchlm.train.checkpoint import checkpoints
         from scratchlm.train.fitting import plan_of
         from scratchlm.train.live import mfu_on
@@ -290,7 +291,8 @@ class Pipeline:
             config=what_is_learnt(recipe),
             resumed_at=found[-1].step if found else None,
         )
-        with trackers, Prefetcher(loader) as batches:
+        growing = GrowingBatches(loader, recipe.train) if recipe.train.batch_warmup_steps else loader
+        with trackers, Prefetcher(growing) as batches:
             trainer = Trainer(
                 model=model,
                 loss=NextTokenLoss(

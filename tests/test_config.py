@@ -92,6 +92,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "device": st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:1"]),
     "train.accumulation": st.sampled_from([1, "auto"]),
     "train.micro_batch": st.sampled_from([None, 1, "auto"]),
+    "train.batch_warmup_start": st.just(1),
     "train.memory_limit": st.sampled_from([None, "8GB", "1.5 TiB", "512MiB", "70kB", "8000000000", "3B"]),
     "train.batch_size": st.integers(1, 9),
     "tokenizer.special_tokens": st.lists(st.text(max_size=9), min_size=1, max_size=4, unique=True),
@@ -190,6 +191,7 @@ AROUND: dict[str, dict[str, Any]] = {
 OTHER: dict[str, Any] = {
     # Fields whose strategy above has one value only, the default: another one, checked by hand.
     "train.accumulation": 4,
+    "train.batch_warmup_start": 8,
     "model.rope.fraction": 0.5,
     "model.rope.factor": 4.0,
     "model.stride_summary": 3,

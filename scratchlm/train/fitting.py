@@ -345,13 +345,14 @@ def release(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def split(batch: Any, parts: int) -> list[Any]:
-    """A batch in `parts` micro-batches of equal size."""
+def split(batch: Any, sequences: int) -> list[Any]:
+    """A batch in micro-batches of `sequences`, a divisor of its own."""
+    parts = batch.inputs.shape[0] // sequences
     if parts == 1:
         return [batch]
     names = ("inputs", "targets", "positions", "documents")
     pieces = {
-        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).chunk(parts)
+        name: [None] * parts if getattr(batch, name) is None else getattr(batch, name).split(sequences)
         for name in names
     }
     return [type(batch)(**{name: pieces[name][i] for name in names}) for i in range(parts)]

@@ -79,7 +79,7 @@ class Trainer:
     Args:
         model: on the CPU or on `device` already.
         loss: ``loss(batch)`` is the sum over the batch's targets, in nats.
-        loader: batches of `config.batch_size` sequences.
+        loader: batches of `config.batch_size` sequences, or as :meth:`TrainConfig.batch_size_at` has them grow.
         config: the loop's settings.
         optim: optimizer, schedule and clipping.
         folder: the run's folder: ``metrics.jsonl`` and ``checkpoints/`` go there.
@@ -299,7 +299,7 @@ class Trainer:
         drawn = None if self.config.parts is not None else generator_states(self.device)
         while True:
             try:
-                return self._gradients(fitting.split(batch, self.parts), tokens), tokens
+                return self._gradients(fitting.split(batch, self._at_once(batch)), tokens), tokens
             except Exception as error:
                 if fitting.is_out_of_memory(error):
                     self._smaller_parts(error)
@@ -311,6 +311,13 @@ class Trainer:
             self._forget_step()
             if drawn is not None:
                 restore_generators(drawn, self.device)
+
+    def _at_once(self, batch: Any) -> int:
+        """Sequences per micro-batch. While the batch still grows it is one number for all its sizes: each shape that a
+        compiled model meets is compiled anew."""
+        size = self.config.batch_size // self.parts
+        whole = batch.inputs.shape[0] == self.config.batch_size
+        return size if whole else math.gcd(size, self.config.batch_warmup_start)
 
     def _smaller_parts(self, error: Exception) -> None:
         """Back off to the next smaller micro-batch, or say why there is none."""
