@@ -2,8 +2,9 @@
 
     tokenizer.json          Hugging Face `tokenizers`: everything in one file
     vocab.json, merges.txt  GPT-2's pair: ids and merges; pattern and special tokens must be known
+    <name>.tiktoken         tiktoken's ranks: see tiktoken_files.py
 
-Both write bytes as printable characters by GPT-2's table: a byte that prints as itself in Latin-1 stays, the other 68
+The first two write bytes as printable characters by GPT-2's table: a byte that prints as itself in Latin-1 stays, the other 68
 are moved up to U+0100 and on. So " the" is written "Ġthe", a line end "Ċ".
 
     byte  0x21 … 0x7E  0xA1 … 0xAC  0xAE … 0xFF │ 0x00 … 0x20  0x7F … 0xA0  0xAD
@@ -17,13 +18,22 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scratchlm.errors import UserError
-from scratchlm.files import read_json, write_text
-from scratchlm.tokenizer.oniguruma import from_oniguruma, to_oniguruma
+from scratchlm.files import write_text
+from scratchlm.tokenizer.dialects import from_oniguruma, to_oniguruma
+from scratchlm.tokenizer.normalization import FORMS
+from scratchlm.tokenizer.reading import read_file, read_json
 from scratchlm.tokenizer.stream import check_specials
 from scratchlm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# GPT-2's pair under the names of Hugging Face, and under OpenAI's.
+_END = "<|endoftext|>"
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 @functools.cache
@@ -100,11 +110,37 @@ def _read_merges(lines: Iterable[Any], where: str) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _build(where: str, *arguments: Any) -> Tokenizer:
+def _build(where: str, *arguments: Any, **options: Any) -> Tokenizer:
     try:
-        return Tokenizer(*arguments)
+        return Tokenizer(*arguments, **options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer from whatever holds one.
+
+    Args:
+        path: a `tokenizer.json`; a rank file whose name tells what it is (``cl100k_base.tiktoken``; ``tokenizer.model`` for
+            Llama 3); or a folder that holds ``tokenizer.json`` (as a run's does) or GPT-2's pair, whose
+            ``<|endoftext|>`` is a special token if it is there.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if path.suffix in (".tiktoken", ".model") and not path.is_dir():
+        from scratchlm.tokenizer.tiktoken_files import load_tiktoken
+
+        return load_tiktoken(path)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        for vocab_json, merges_txt in _PAIRS:
+            if (path / vocab_json).exists() and (path / merges_txt).exists():
+                return load_gpt2(path / vocab_json, path / merges_txt)
+        raise UserError(
+            f"tokenizer {path / 'tokenizer.json'} does not exist, nor do vocab.json and merges.txt beside it"
+        )
+    return load_tokenizer_json(path)
 
 
 # -------------------------------------------------------------------- GPT-2
@@ -121,7 +157,8 @@ def load_gpt2(
     Args:
         vocab_json: {"printable form": id}; special tokens stand there as they are.
         merges_txt: one merge per line, two printable forms with a space between; a first line ``#version…`` is skipped.
-        special_tokens: which tokens are special; those that are not in `vocab_json` get the next ids.
+        special_tokens: which tokens are special; those that are not in `vocab_json` get the next ids. None: ``<|endoftext|>``,
+            if it is there.
         pattern: the files do not say it; GPT-2's is the default.
 
     Raises:
@@ -130,12 +167,13 @@ def load_gpt2(
     specials = (
         special_tokens if special_tokens is None or isinstance(special_tokens, dict) else list(special_tokens)
     )
-    vocab = _read_vocab(read_json(vocab_json, "vocabulary"), specials or (), str(vocab_json))
+    entries = read_json(vocab_json, "vocabulary")
+    if specials is None:
+        specials = [_END] if isinstance(entries, dict) and _END in entries else []
+    vocab = _read_vocab(entries, specials, str(vocab_json))
     try:
-        lines = Path(merges_txt).read_bytes().decode("utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"merges {merges_txt} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(merges_txt, "merges").decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read merges {merges_txt}: {error}") from error
     lines = [line.removesuffix("\r") for line in lines]
     if lines and lines[0].startswith("#version"):
@@ -148,7 +186,7 @@ def _written_vocab(tokenizer: Tokenizer) -> dict[str, int]:
     """{"printable form": id}, in the order of ids."""
     special = {index: name for name, index in tokenizer.special_tokens.items()}
     written: dict[str, int] = {}
-    for index in range(tokenizer.vocab_size):
+    for index in sorted(tokenizer.vocab):
         chars = special.get(index) or to_chars(tokenizer.vocab[index])
         shared = (
             index in special
@@ -205,6 +243,29 @@ def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> P
         UserError: a special token cannot be told from another token in this format, or the disk refuses.
     """
     path = _json_path(path)
+    write_text(path, json.dumps(tokenizer_json(tokenizer), indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def as_hf(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A live `tokenizers.Tokenizer`.
+
+    Raises:
+        UserError: `tokenizers` is not installed, or a special token cannot be told from another token in this format.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError("tokenizers is not installed: pip install 'scratchlm[oracles]'") from error
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a `tokenizer.json` says.
+
+    Raises:
+        UserError: a special token cannot be told from another token in this format.
+    """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     pre_tokenizer: dict[str, Any]
     if tokenizer.pattern == "gpt2":
@@ -219,16 +280,16 @@ def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> P
             "scratchlm_pattern": tokenizer.pattern,
         }
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content = {
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": index, "content": special, **flags}
+            {"id": index, "content": special, **flags, "special": special not in tokenizer.added_tokens}
             for special, index in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
+        "normalizer": None if tokenizer.normalizer is None else {"type": tokenizer.normalizer},
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
@@ -245,26 +306,23 @@ def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> P
             "merges": [[to_chars(left), to_chars(right)] for left, right in tokenizer.merges],
         },
     }
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return path
 
 
 def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a byte-level BPE `tokenizer.json`.
 
     A post-processor (which may add a beginning-of-sequence token) is not applied: ids are those of `tokenizers` with
-    ``add_special_tokens=False``. All added tokens are special tokens here.
+    ``add_special_tokens=False``. All added tokens are special tokens here; those it calls not special are in
+    `added_tokens` as well.
 
     Args:
-        path: the file, or a folder that holds ``tokenizer.json`` or GPT-2's pair of files.
+        path: the file, or a folder that holds ``tokenizer.json``.
 
     Raises:
         UserError: the file is missing, corrupt, or uses parts that byte-level BPE has not (they are named).
     """
     path = Path(path)
     if path.is_dir():
-        if not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
-            return load_gpt2(path / "vocab.json", path / "merges.txt", None)
         path = path / "tokenizer.json"
     content = read_json(path, "tokenizer")
     where = str(path)
@@ -276,12 +334,11 @@ def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(field):
             raise UserError(f"{where}: model.{field} = {model[field]!r} is not supported by byte-level BPE")
-    if normalizer := content.get("normalizer"):
-        kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
-        raise UserError(f"{where}: the normalizer {kind} changes the text; not supported")
+    normalizer = _read_normalizer(content.get("normalizer"), where)
     if not isinstance(model.get("merges"), list):
         raise UserError(f"{where}: model.merges is missing or not a list")
     specials: dict[str, int] = {}
+    not_special = []
     added_tokens = content.get("added_tokens") or []
     if not isinstance(added_tokens, list):
         raise UserError(f"{where}: added_tokens is {added_tokens!r}, not a list")
@@ -297,11 +354,38 @@ def load_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
                 raise UserError(f"{where}: added token {added['content']!r} uses {flag}, which is not supported")
         if added["content"] in specials:
             raise UserError(f"{where}: added token {added['content']!r} is listed twice")
+        # `tokenizers` looks for such a token in the normalised text, which may hold it where the raw text does not.
+        if normalizer is not None and added.get("normalized"):
+            raise UserError(
+                f"{where}: added token {added['content']!r} is normalized and looked for after {normalizer}; not supported"
+            )
         specials[added["content"]] = added["id"]
+        if added.get("special") is False:
+            not_special.append(added["content"])
     pattern = _read_pattern(content.get("pre_tokenizer"), where)
     vocab = _read_vocab(model.get("vocab"), specials, where)
     merges = _read_merges(model["merges"], where)
-    return _build(where, vocab, merges, specials, pattern, bool(model.get("ignore_merges")))
+    return _build(
+        where,
+        *(vocab, merges, specials, pattern),
+        ignore_merges=bool(model.get("ignore_merges")),
+        normalizer=normalizer,
+        added_tokens=not_special,
+    )
+
+
+def _read_normalizer(normalizer: Any, where: str) -> str | None:
+    """The name of a Unicode form, alone or as the only step of a Sequence."""
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
+        steps = normalizer.get("normalizers")
+        if isinstance(steps, list) and len(steps) < 2:
+            normalizer = steps[0] if steps else None
+    if normalizer is None:
+        return None
+    kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+    if isinstance(normalizer, dict) and isinstance(kind, str) and kind in FORMS:
+        return kind
+    raise UserError(f"{where}: the normalizer {str(kind)[:40]!r} is not supported; {', '.join(FORMS)} are")
 
 
 def _read_pattern(pre_tokenizer: Any, where: str) -> str:

@@ -120,7 +120,7 @@ def inspect(tokenizer: Tokenizer, text: str | bytes | None = None, longest: int 
         token = tokenizer.vocab[index]
         return TokenView(index, token.hex(), printable(token), index in special)
 
-    ordinary = [index for index in range(tokenizer.vocab_size) if index not in special]
+    ordinary = [index for index in sorted(tokenizer.vocab) if index not in special]
     ordinary.sort(key=lambda index: -len(tokenizer.vocab[index]))
     lengths = Counter(len(tokenizer.vocab[index]) for index in ordinary)
     tokens = None

@@ -11,17 +11,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from scratchlm.errors import UserError
 from scratchlm.processes import Workers, cores
 from scratchlm.tokenizer.encoder import WordCache
+from scratchlm.tokenizer.normalization import check_form, normalised, raw_parts
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import SpecialSplitter, check_specials, settle
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
 
 Allowed = Literal["all"] | Iterable[str]
 
@@ -32,25 +38,32 @@ _PART = 1 << 16
 _WORTH_HELPERS = 4 << 20
 # encode_batch: characters that make one job of a helper.
 _BATCH = 1 << 20
+# Ids above this would make tables and embeddings of gigabytes from one misprinted number.
+_MOST_IDS = 1 << 22
 
 
 class Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
 
     Args:
-        vocab: id → bytes, ids 0 … n-1 without holes, each byte string once, all 256 single bytes among them.
+        vocab: id → bytes, each byte string once, all 256 single bytes among them. Ids of ordinary tokens begin at 0 and leave
+            no holes but those that special tokens fill.
         merges: pairs of tokens in the order they were learnt; both parts and the result must be in `vocab`.
-        special_tokens: either a list (those whose bytes are not in `vocab` get the next free ids) or name → id.
+        special_tokens: either a list (those whose bytes are not in `vocab` get the next free ids) or name → id. Ids given may lie
+            beyond the last ordinary one and leave ids unused between, as cl100k_base's do.
         pattern: ``gpt2``, ``cl100k``, ``o200k`` or a pattern of the `regex` library.
         ignore_merges: a pre-token that is a token as a whole is taken so, even if merges would not lead there
             (`tokenizer.json` files of Llama 3 say so).
+        normalizer: ``NFC`` (or NFD, NFKC, NFKD): text is normalised first, between special tokens; None: text as it is.
+        added_tokens: those of `special_tokens` that are ordinary text to their users (``"special": false`` in a
+            `tokenizer.json`, such as Qwen's ``<tool_call>``). They are kept whole like the others.
 
     Attributes:
         vocab: id → bytes, special tokens included.
         merges: the merges, in order.
         special_tokens: special token → id.
         pattern: name or text of the pre-tokenisation pattern.
-        vocab_size: number of ids.
+        vocab_size: the highest id + 1: unused ids count, as they do in a model's embedding.
         content_hash: hex digest of all of the above; equal for equal tokenizers only.
         dtype: type of id arrays: uint16 up to 65,536 tokens, else uint32.
 
@@ -65,14 +78,19 @@ class Tokenizer:
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
         ignore_merges: bool = False,
+        normalizer: str | None = None,
+        added_tokens: Iterable[str] = (),
     ) -> None:
         self._pattern = Pattern(pattern)
+        self.normalizer = check_form(normalizer)
         self.vocab: dict[int, bytes] = dict(vocab)
         self.merges: list[tuple[bytes, bytes]] = [_pair_of_bytes(rank, merge) for rank, merge in enumerate(merges)]
         self.ignore_merges = bool(ignore_merges)
         ids = self._ids_by_bytes()
         self.special_tokens: dict[str, int] = self._place_specials(special_tokens, ids)
+        self.added_tokens = frozenset(self._named_specials(added_tokens, "added_tokens"))
         self._check_vocab(ids)
+        self._vocab_size = max(self.vocab) + 1
         self._ids = ids
         self._byte_ids = [ids[bytes([byte])] for byte in range(256)]
         self._ranks = self._rank_table(ids)
@@ -84,6 +102,7 @@ class Tokenizer:
     def _ids_by_bytes(self) -> dict[bytes, int]:
         ids: dict[bytes, int] = {}
         for index, token in self.vocab.items():
+            _check_id(index, f"vocab: {token!r}")
             if not isinstance(token, bytes) or not token:
                 raise UserError(f"vocab: id {index} is {token!r}; every token must be non-empty bytes")
             if token in ids:
@@ -99,10 +118,12 @@ class Tokenizer:
         placed: dict[str, int] = {}
         for special in check_specials(special_tokens or ()):
             index = special_tokens[special] if isinstance(special_tokens, dict) else None
+            if index is not None:
+                _check_id(index, f"special token {special!r}")
             raw = special.encode("utf-8")
             known = ids.get(raw)
             if index is None:
-                index = known if known is not None else len(self.vocab)
+                index = known if known is not None else max(self.vocab, default=-1) + 1
             if known not in (None, index):
                 raise UserError(f"special token {special!r} shall have id {index}, but vocab has it at id {known}")
             if self.vocab.get(index, raw) != raw:
@@ -115,9 +136,14 @@ class Tokenizer:
         return placed
 
     def _check_vocab(self, ids: dict[bytes, int]) -> None:
-        for index in range(len(self.vocab)):
+        # Ids beyond the ordinary tokens may be unused: whoever placed special tokens there said so.
+        last = max(self.vocab.keys() - self.special_tokens.values(), default=-1)
+        for index in range(last):
             if index not in self.vocab:
-                raise UserError(f"vocab: {len(self.vocab)} tokens, but id {index} is missing; ids must run from 0")
+                raise UserError(
+                    f"vocab: id {index} is missing, though {self.vocab[last]!r} has id {last}; ids of ordinary tokens must "
+                    f"run from 0 without holes"
+                )
         for byte in range(256):
             if bytes([byte]) not in ids:
                 raise UserError(f"vocab: the single byte {bytes([byte])!r} is missing; all 256 are needed")
@@ -144,7 +170,13 @@ class Tokenizer:
         return WordCache(self._byte_ids, self._ranks, regular, "H" if self.dtype == np.uint16 else "I")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Tokenizer, (self.vocab, self.merges, self.special_tokens, self.pattern, self.ignore_merges))
+        return (
+            Tokenizer,
+            (
+                *(self.vocab, self.merges, self.special_tokens, self.pattern),
+                *(self.ignore_merges, self.normalizer, self.added_tokens),
+            ),
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.content_hash == other.content_hash
@@ -163,11 +195,11 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.vocab)
+        return self._vocab_size
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        return np.uint16 if len(self.vocab) <= 1 << 16 else np.uint32
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -180,12 +212,16 @@ class Tokenizer:
 
         add(b"byte-level bpe", self._pattern.text.encode("utf-8", "surrogatepass"), bytes([self.ignore_merges]))
         add(len(self.vocab).to_bytes(8, "little"))
-        add(*(self.vocab[index] for index in range(len(self.vocab))))
+        add(*(self.vocab[index] for index in sorted(self.vocab)))
         add(len(self.merges).to_bytes(8, "little"))
         for left, right in self.merges:
             add(left, right)
         for special, index in sorted(self.special_tokens.items()):
             add(special.encode("utf-8"), index.to_bytes(8, "little"))
+        if self.normalizer is not None:
+            add(b"normalizer", self.normalizer.encode())
+        for special in sorted(self.added_tokens):
+            add(b"added", special.encode("utf-8"))
         return digest.hexdigest()
 
     def token_bytes(self, id: int) -> bytes:
@@ -228,8 +264,49 @@ class Tokenizer:
         splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
         text = _checked(text)
         _refuse(forbidden, text)
+        if self.normalizer is not None and not unicodedata.is_normalized(self.normalizer, text):
+            return self._encode_normalised(text, splitter)
         # A bytearray, so that the array may be written to (torch warns of tensors over read-only memory).
         return np.frombuffer(bytearray().join(self._packed(text, splitter)), dtype=self.dtype)
+
+    @functools.cached_property
+    def _without_normalizer(self) -> Tokenizer:
+        """The same, tables and caches shared, for text that is normalised already."""
+        plain = object.__new__(Tokenizer)
+        plain.__dict__.update(self.__dict__, normalizer=None)
+        return plain
+
+    def _encode_normalised(self, text: str, splitter: SpecialSplitter) -> np.ndarray:
+        assert self.normalizer is not None
+        pieces = []
+        for index, part in enumerate(splitter.split(text)):
+            if index % 2:
+                pieces.append(np.array([self.special_tokens[part]], dtype=self.dtype))
+            elif part:
+                # As bytes: those that were no UTF-8 stand in the str as surrogates, which would be refused.
+                raw = unicodedata.normalize(self.normalizer, part).encode("utf-8", "surrogateescape")
+                pieces.append(self._without_normalizer.encode_array(raw, allowed_special=()))
+        return np.concatenate(pieces)
+
+    def _iterate_normalised(self, chunks: Iterable[str], splitter: SpecialSplitter) -> Iterator[int]:
+        assert self.normalizer is not None
+        parts = raw_parts(chunks, splitter)
+        special: str | None = None
+
+        def region() -> Iterator[str]:
+            nonlocal special
+            for text, special in parts:
+                yield text
+                if special is not None:
+                    return
+
+        while True:
+            special = None
+            text = normalised(region(), self.normalizer)
+            yield from self._without_normalizer.encode_iterable(text, allowed_special=())
+            if special is None:
+                return
+            yield self.special_tokens[special]
 
     def _packed(self, text: str, splitter: SpecialSplitter) -> Iterator[bytes]:
         """Raw ids of a text, part by part."""
@@ -257,7 +334,7 @@ class Tokenizer:
         allowed_set = self._named_specials(allowed, "allowed_special")
         disallowed_set = self._named_specials(disallowed, "disallowed_special")
         if disallowed == "all":
-            disallowed_set -= allowed_set
+            disallowed_set -= allowed_set | self.added_tokens
         splitter = self._splitter if allowed == "all" else SpecialSplitter(allowed_set)
         return splitter, SpecialSplitter(disallowed_set) if disallowed_set else None
 
@@ -291,6 +368,9 @@ class Tokenizer:
         splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
         look_up = self._cache.__getitem__
         checked = _watched(map(_checked_chunk, chunks), forbidden)
+        if self.normalizer is not None:
+            yield from self._iterate_normalised(checked, splitter)
+            return
         for pieces, special in settle(checked, self._pattern, splitter):
             yield from np.frombuffer(b"".join(map(look_up, pieces)), dtype=self.dtype).tolist()
             if special is not None:
@@ -350,13 +430,17 @@ class Tokenizer:
         except (KeyError, TypeError) as error:
             for position, index in enumerate(listed):
                 if not isinstance(index, (int, np.integer)) or index not in self.vocab:
-                    raise UserError(
-                        f"id {index!r} at position {position} is not in the vocabulary of {self.vocab_size} tokens "
-                        f"(0 to {self.vocab_size - 1})"
-                    ) from error
+                    raise UserError(self._unknown_id(index, position)) from error
             raise
 
-    # ---------------------------------------------------------------- files
+    def _unknown_id(self, index: Any, position: int) -> str:
+        """What to say of an id that stands for nothing."""
+        where = f"id {index!r} at position {position} is not in the vocabulary"
+        if isinstance(index, (int, np.integer)) and 0 <= index < self.vocab_size:
+            return f"{where}: no token has it, it is one of {self.vocab_size - len(self.vocab):,} ids left unused"
+        return f"{where} of {len(self.vocab)} tokens (0 to {self.vocab_size - 1})"
+
+    # ---------------------------------------------------------------- files and other libraries
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `tokenizer.json` (Hugging Face format), atomically; see `scratchlm.tokenizer.files`."""
@@ -370,12 +454,50 @@ class Tokenizer:
 
         save_gpt2(self, folder)
 
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> Path:
+        """Write tiktoken's rank file, atomically; see `scratchlm.tokenizer.tiktoken_files`."""
+        from scratchlm.tokenizer.tiktoken_files import save_tiktoken
+
+        return save_tiktoken(self, path)
+
+    def as_tiktoken(self) -> tiktoken.Encoding:
+        """A live `tiktoken.Encoding` that gives the same ids.
+
+        Raises:
+            UserError: tiktoken is not installed, or cannot do what this tokenizer does (the message says which).
+        """
+        from scratchlm.tokenizer.tiktoken_files import as_tiktoken
+
+        return as_tiktoken(self)
+
+    def as_hf(self) -> tokenizers.Tokenizer:
+        """A live `tokenizers.Tokenizer` of Hugging Face that gives the same ids.
+
+        Raises:
+            UserError: `tokenizers` is not installed, or a special token cannot be told from another token there.
+        """
+        from scratchlm.tokenizer.files import as_hf
+
+        return as_hf(self)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a `tokenizer.json`, or a folder that holds one."""
-        from scratchlm.tokenizer.files import load_tokenizer_json
+        """Read a `tokenizer.json`, a folder that holds one, or a rank file whose name tells its pattern (cl100k_base.tiktoken)."""
+        from scratchlm.tokenizer.files import load
 
-        return load_tokenizer_json(path)
+        return load(path)
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str | None = None,
+        special_tokens: Iterable[str] | dict[str, int] | None = None,
+    ) -> Tokenizer:
+        """Read tiktoken's rank file; ids are its ranks. See `scratchlm.tokenizer.tiktoken_files.load_tiktoken`."""
+        from scratchlm.tokenizer.tiktoken_files import load_tiktoken
+
+        return load_tiktoken(path, pattern, special_tokens)
 
     @classmethod
     def from_files(
@@ -389,6 +511,11 @@ class Tokenizer:
         from scratchlm.tokenizer.files import load_gpt2
 
         return load_gpt2(vocab_json, merges_txt, special_tokens, pattern)
+
+
+def _check_id(index: Any, what: str) -> None:
+    if not isinstance(index, (int, np.integer)) or isinstance(index, bool) or not 0 <= index < _MOST_IDS:
+        raise UserError(f"{what} has the id {index!r}; ids are whole numbers from 0 to {_MOST_IDS - 1:,}")
 
 
 def _pair_of_bytes(rank: int, merge: Any) -> tuple[bytes, bytes]:

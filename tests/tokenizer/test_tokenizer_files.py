@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
 from scratchlm.tokenizer import PATTERNS, Tokenizer, train_bpe
+from scratchlm.tokenizer.dialects import from_oniguruma, to_oniguruma
 from scratchlm.tokenizer.files import byte_to_char, to_bytes, to_chars
-from scratchlm.tokenizer.oniguruma import from_oniguruma, to_oniguruma
 from scratchlm.tokenizer.patterns import Pattern
 
 GPT2 = Path(__file__).parents[2].parent / "shared" / "data" / "gpt2"
 ODD_PATTERNS = [
-    r"\p{L}+|\p{N}{1,2}+|.", r"^\S+|\s+|\S+\Z|\S", r"\S+$|\s|\S", r"[\s^$]+|[^\s^$]+", r"[]a]+|[^]a]+", r"\{|\}|[^{}]+",
+    r"\p{L}+|\p{N}{1,2}+|.", r"^\S+|\s+|\S+\Z|\S", r"\S+$|\s|\S", r"[\s^$]+|[^\s^$]+", r"[]a]+|[^]a]+", r"\{|\}|[^{}]+", r"(?m:^)\S+|\s+|\S+(?m:$)|\S",
 ]  # fmt: skip
 
 
@@ -266,8 +266,20 @@ def _small() -> str:
         (lambda: damaged(model__vocab__漢=270), "token '漢' .* stands for no byte"),
         (lambda: damaged(model__byte_fallback=True), "byte_fallback"),
         (lambda: damaged(model__dropout=0.1), "dropout"),
-        (lambda: damaged(normalizer={"type": "NFC"}), "normalizer NFC changes the text"),
-        (lambda: damaged(normalizer="NFC"), "normalizer NFC"),
+        (lambda: damaged(normalizer={"type": "Lowercase"}), "normalizer 'Lowercase' is not supported"),
+        (lambda: damaged(normalizer="NFC"), "normalizer 'NFC' is not supported"),
+        (
+            lambda: damaged(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}),
+            "'Sequence' is not",
+        ),
+        (lambda: damaged(normalizer={"type": ["NFC"]}), "is not supported"),
+        (
+            lambda: damaged(
+                normalizer={"type": "NFC"}, added_tokens=[{"id": 269, "content": oracle.EOT, "normalized": True}]
+            ),
+            "is normalized and looked for after NFC",
+        ),
+        (lambda: damaged(added_tokens=[{"id": 10**9, "content": "<new>"}]), "'<new>' has the id 1000000000"),
         (lambda: damaged(pre_tokenizer=None), "does not end in ByteLevel"),
         (lambda: damaged(pre_tokenizer=5), "does not end in ByteLevel"),
         (lambda: damaged(pre_tokenizer={"type": "Whitespace"}), "does not end in ByteLevel"),
@@ -368,4 +380,4 @@ def test_names_are_all_there():
         assert Tokenizer(tokenizer.vocab, tokenizer.merges, None).special_tokens == {}
     for name in ("encode", "encode_array", "encode_iterable", "encode_batch", "decode", "decode_bytes"):
         assert callable(getattr(tokenizer, name))
-    assert isinstance(tokenizer.content_hash, str) and tokenizer.vocab_size == len(tokenizer.vocab)
+    assert isinstance(tokenizer.content_hash, str) and tokenizer.vocab_size == max(tokenizer.vocab) + 1
