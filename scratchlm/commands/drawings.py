@@ -70,7 +70,7 @@ def draw(arguments: list[str]) -> None:
     if not options.model.vocab_size:
         source += f" Its vocabulary is the tokenizer's; of {vocabulary:,} tokens here."
         options = options.model_copy(update={"model": options.model.model_copy(update={"vocab_size": vocabulary})})
-    from scratchlm.model.draw import draw_model
+    from scratchlm.model.draw.page import draw_model
 
     page = draw_model(
         options.model,

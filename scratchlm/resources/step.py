@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,85 +56,127 @@ def as_compiled_on_a_cpu(config: ModelConfig, length: int) -> ModelConfig:
     return config.model_copy(update={"attention_kernel": "blocked"}) if short else config
 
 
-def trace_step(
-    config: ModelConfig,
-    optim: OptimConfig,
-    train: TrainConfig,
-    *,
-    precision: str,
-    micro_batch: int,
-    accumulation: int = 1,
-    length: int | None = None,
-    real: bool = False,
-) -> Step:
-    """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
+class Traceable:
+    """A model and its optimizers, made once, whose step can be traced for several micro-batches.
 
     A mixture of experts is traced with its grouped products, whatever `moe.dispatch`.
 
     Args:
         config: the architecture, with its vocabulary.
         optim, train: sections of the recipe.
-        precision: ``bf16`` or ``fp32``.
-        micro_batch: sequences at once.
-        accumulation: micro-batches per step; two stand for any number above one.
-        length: tokens per sequence; None: the model's context.
-        real: with memory and numbers, to hold the fake to; slow.
+        real: with memory and numbers, to hold the hollow ones to; slow.
     """
-    length = length or config.context_length
-    if config.moe.experts and not real:  # the formula asks which tokens each expert has, which fakes cannot say
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"dispatch": "grouped"})})
-    with contextlib.nullcontext() if real else without_memory():
-        model = Transformer(config.model_copy(update={} if real else NO_DRAWING), seed=0 if real else None)
-        model.config = config
-        ids = torch.zeros(micro_batch, length, dtype=torch.int64)
-        positions = documents = None
-        if train.document_boundaries:
-            positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
-        batch = Batch(ids, torch.zeros_like(ids), positions, documents)
-        loss = NextTokenLoss(model, train.loss_kernel, z_loss=train.z_loss, mtp_weight=train.mtp_weight)
-        optimizers = build_optimizers(model, optim)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for parameter in named.values():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizers.step()  # makes its state
-        optimizers.zero_grad()
 
-        tracer = Tracer(model)
-        for name, parameter in model.named_parameters():
+    def __init__(self, config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, real: bool = False) -> None:
+        if config.moe.experts and not real:  # the formula asks which tokens each expert has, which nobody can say
+            config = config.model_copy(update={"moe": config.moe.model_copy(update={"dispatch": "grouped"})})
+        self.config, self.train, self.real = config, train, real
+        with self._place():
+            self.model = Transformer(config.model_copy(update={} if real else NO_DRAWING), seed=0 if real else None)
+            self.model.config = config
+            self.optimizers = build_optimizers(self.model, optim)
+            self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            for parameter in self.named.values():
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizers.step()  # makes its state
+
+    def _place(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.real else without_memory()
+
+    def step(
+        self,
+        *,
+        precision: str,
+        micro_batch: int,
+        accumulation: int = 1,
+        length: int | None = None,
+        loss_kernel: str | None = None,
+        update: bool = True,
+    ) -> Step:
+        """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
+
+        Args:
+            precision: ``bf16`` or ``fp32``.
+            micro_batch: sequences at once.
+            accumulation: micro-batches per step; two stand for any number above one.
+            length: tokens per sequence; None: the model's context.
+            loss_kernel: instead of the recipe's.
+            update: False leaves out the optimizer, which does the same whatever the micro-batch.
+        """
+        length = length or self.config.context_length
+        self.optimizers.zero_grad()
+        with self._place(), _no_collections():
+            batch = self.batch(micro_batch, length)
+            loss = NextTokenLoss(
+                self.model,
+                loss_kernel or self.train.loss_kernel,
+                z_loss=self.train.z_loss,
+                mtp_weight=self.train.mtp_weight,
+            )
+            tracer = Tracer(self.model)
+            self._watch_what_is_there(tracer, batch)
+
+            def micro_step() -> None:
+                tracer.phase = "forward"
+                with autocast(precision, CPU):
+                    objective = loss(batch)
+                tracer.note_kept()
+                tracer.phase = "backward"
+                (objective / (micro_batch * length)).backward()
+
+            with tracer:
+                if accumulation > 1:
+                    with tracer.paused():
+                        micro_step()
+                    self._watch_gradients(tracer)
+                micro_step()
+                self._watch_gradients(tracer)
+                if update:
+                    tracer.phase = "optimizer"
+                    self.optimizers.step()
+        params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        return Step(tracer.trace, micro_batch, length, accumulation, precision, params)
+
+    def batch(self, rows: int, length: int) -> Batch:
+        """One of zeros, with what the recipe says of documents."""
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        positions = documents = None
+        if self.train.document_boundaries:
+            positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
+        return Batch(ids, torch.zeros_like(ids), positions, documents)
+
+    def _watch_what_is_there(self, tracer: Tracer, batch: Batch) -> None:
+        for name, parameter in self.model.named_parameters():
             tracer.watch(parameter, "weights", name)
-        for buffer in model.buffers():
-            tracer.watch(buffer, "batch and tables")
-        for module in model.modules():
-            table = getattr(module, "table", None)
-            if isinstance(table, Tensor):
-                tracer.watch(table, "batch and tables")
-        for tensor in (batch.inputs, batch.targets, batch.positions, batch.documents):
-            if tensor is not None:
+        tables = [getattr(module, "table", None) for module in self.model.modules()]
+        given = [batch.inputs, batch.targets, batch.positions, batch.documents]
+        for tensor in [*self.model.buffers(), *tables, *given]:
+            if isinstance(tensor, Tensor):
                 tracer.watch(tensor, "batch and tables")
-        for name, state in optimizers.named_state().items():
+        for name, state in self.optimizers.named_state().items():
             if state.ndim:
                 tracer.watch(state, "optimizer state", name.split(".", 2)[-1])
 
-        def micro_step() -> None:
-            tracer.phase = "forward"
-            with autocast(precision, CPU):
-                objective = loss(batch)
-            tracer.note_kept()
-            tracer.phase = "backward"
-            (objective / (micro_batch * length)).backward()
+    def _watch_gradients(self, tracer: Tracer) -> None:
+        for name, parameter in self.named.items():
+            if parameter.grad is not None:
+                tracer.watch(parameter.grad, "gradients", name)
 
-        with tracer:
-            if accumulation > 1:
-                with tracer.paused():
-                    micro_step()
-                for name, parameter in named.items():
-                    assert parameter.grad is not None
-                    tracer.watch(parameter.grad, "gradients", name)
-            micro_step()
-            for name, parameter in named.items():
-                if parameter.grad is not None:
-                    tracer.watch(parameter.grad, "gradients", name)
-            tracer.phase = "optimizer"
-            optimizers.step()
-        params = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return Step(tracer.trace, micro_batch, length, accumulation, precision, params)
+
+def trace_step(
+    config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, real: bool = False, **options: Any
+) -> Step:
+    """One step; arguments as for :class:`Traceable` and :meth:`Traceable.step`."""
+    return Traceable(config, optim, train, real=real).step(**options)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Python's garbage collector walks over all operations again and again, and what dies here dies by its count."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

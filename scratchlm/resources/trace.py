@@ -1,7 +1,7 @@
 """A training step on tensors without memory: what every operation would compute, move and keep.
 
-The model, the loss and the optimizer are the real ones; their tensors are fakes that know shape, dtype and device but hold no
-numbers (torch's FakeTensor). So nothing here restates an architecture: a new choice in the model is traced like any other, and
+The model, the loss and the optimizer are the real ones; their tensors know shape, dtype and device but hold no numbers
+(`hollow_tensor`). So nothing here restates an architecture: a new choice in the model is traced like any other, and
 what is counted is what a run does. Each operation is noted with its phase, its module and its FLOPs; each storage with its birth
 and its death, which gives the live bytes at every moment, and the moment of the peak.
 
@@ -24,17 +24,15 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, shape_wrapper
-from torch.utils.module_tracker import ModuleTracker
 
 import scratchlm.kernels.moe  # noqa: F401  (registers the grouped products)
+from scratchlm.resources.hollow_tensor import Hollow, tensors_in
 
 Phase = Literal["setup", "forward", "backward", "optimizer"]
 Kind = Literal["weights", "gradients", "optimizer state", "activations", "temporaries", "batch and tables"]
@@ -121,6 +119,13 @@ class Trace:
             live.append(total)
         return live
 
+    def timeline_by_kind(self) -> dict[str, list[int]]:
+        """Live bytes of each kind while each operation runs; together they are :meth:`timeline`."""
+        return {
+            kind: Trace(self.operations, [s for s in self.storages if s.kind == kind]).timeline()
+            for kind in get_args(Kind)
+        }
+
     def peak(self) -> tuple[int, int]:
         """Number of the operation at which most bytes live, and these bytes."""
         live = self.timeline()
@@ -147,22 +152,38 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.phase: Phase = "setup"
-        self._modules = ModuleTracker()
-        self._modules._get_mod_name(
-            model
-        )  # names from the root on, though the loss calls the model's parts directly
-        self._root = type(model).__name__
+        self._name_of = {id(module): name for name, module in model.named_modules()}
+        self._inside: list[str] = []  # names of the modules that run now, the innermost last
+        self._hooks: list[Any] = []
         self._known: dict[int, Storage] = {}
         self._watchers: dict[int, Any] = {}
         self._makers: dict[int, str] = {}  # sequence number of an autograd node → module
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in Hollow
+
     def __enter__(self) -> Tracer:
-        self._modules.__enter__()
+        self._hooks = [
+            nn.modules.module.register_module_forward_pre_hook(self._entered),
+            nn.modules.module.register_module_forward_hook(self._left, always_call=True),
+        ]
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._modules.__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+        self._watchers.clear()  # what dies later is no longer part of it
+
+    def _entered(self, module: nn.Module, _: Any) -> None:
+        here = self._inside[-1] if self._inside else ""
+        self._inside.append(
+            self._name_of.get(id(module), here)
+        )  # what is no part of the model counts to its caller
+
+    def _left(self, *_: Any) -> None:
+        self._inside.pop()
 
     def watch(self, tensor: Tensor, kind: Kind, owner: str = "") -> None:
         """Note a storage that was there before, or say what one is."""
@@ -196,8 +217,7 @@ class Tracer(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is not None:  # backward: an operation belongs to the module that made its node in the forward pass
             return self._makers.get(node._sequence_nr(), "")
-        path = max(self._modules.parents - {"Global"}, key=len, default="")
-        path = path.removeprefix(self._root).removeprefix(".")
+        path = self._inside[-1] if self._inside else ""
         self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, path)
         return path
 
@@ -217,39 +237,61 @@ class Tracer(TorchDispatchMode):
 
     def _died(self, key: int, _: Any) -> None:
         self._known.pop(key).died = len(self.trace.operations)
-        del self._watchers[key]
+        self._watchers.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         out = func(*args, **kwargs)
-        made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        name = func._schema.name.split("::")[-1]
-        if func.is_view or name in _VIEWS or func.namespace == "prim" or not (made or given):
+        known = _known(func)
+        if known.is_view:
+            return out
+        given, made = tensors_in(args, kwargs), tensors_in(out)
+        if not (made or given):
             return out
         old = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in made if t.untyped_storage()._cdata not in old]
-        for tensor in fresh:
-            self._note(tensor, name)
-        in_place = func._schema.is_mutable
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in old:
+                self._note(tensor, known.name)
+        results = made or (given if known.in_place else [])
         numbers = tuple(dict.fromkeys(self._note(t, "").number for t in given))
-        count = _COUNTS.get(func._overloadpacket)
-        results = made or [t for t in given if in_place]
         self.trace.operations.append(
             Operation(
-                name,
+                known.name,
                 self.phase,
                 self._module(),
-                int(count(*args, **kwargs, out_val=out)) if count is not None else 0,
-                0 if name in _UNTOUCHED else sum(_bytes(t) for t in given),
-                0 if name in _UNTOUCHED else sum(_bytes(t) for t in (made if made and not in_place else results)),
+                int(known.count(*args, **kwargs, out_val=out)) if known.count is not None else 0,
+                0 if known.touches_nothing else sum(_bytes(t) for t in given),
+                0 if known.touches_nothing else sum(_bytes(t) for t in results),
                 tuple(tuple(t.shape) for t in given),
                 results[0].dtype if results else torch.float32,
                 numbers,
-                tuple(dict.fromkeys(self._note(t, name).number for t in results)),
+                tuple(dict.fromkeys(self._note(t, known.name).number for t in results)),
             )
         )
         return out
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is to be known about a torch operation, asked once."""
+
+    name: str
+    is_view: bool
+    in_place: bool
+    touches_nothing: bool
+    count: Callable[..., int] | None
+
+
+@functools.cache
+def _known(func: Any) -> _Known:
+    name = func._schema.name.split("::")[-1]
+    return _Known(
+        name,
+        is_view=func.is_view or name in _VIEWS or func.namespace == "prim",
+        in_place=func._schema.is_mutable,
+        touches_nothing=name in _UNTOUCHED,
+        count=_COUNTS.get(func._overloadpacket),
+    )
 
 
 _VIEWS = {"_unsafe_view"}
@@ -307,8 +349,6 @@ FLOPS: dict[Any, Callable[..., int]] = {
 _COUNTS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(f) for op, f in FLOPS.items()}}
 
 
-@contextlib.contextmanager
-def without_memory() -> Iterator[FakeTensorMode]:
+def without_memory() -> Hollow:
     """Tensors made inside hold no numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
+    return Hollow()

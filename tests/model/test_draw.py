@@ -19,7 +19,6 @@ from PIL import Image
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
 from scratchlm.model import ModelConfig, Transformer, choices, presets
-from scratchlm.model.draw import draw_model, pictures_of
 from scratchlm.model.draw.ascii import drawing_of, drawings_of
 from scratchlm.model.draw.cost import (
     beside_it,
@@ -32,7 +31,7 @@ from scratchlm.model.draw.cost import (
 from scratchlm.model.draw.hollow import hollow
 from scratchlm.model.draw.layouts import Step, block_picture, blocks_of, steps_of
 from scratchlm.model.draw.masks import Grid, allowed_pairs, grids_of, telling_length
-from scratchlm.model.draw.page import MARK, PAGE, refuse_foreign
+from scratchlm.model.draw.page import MARK, PAGE, draw_model, pictures_of, refuse_foreign
 from scratchlm.model.draw.patterns import kinds_by_layer
 from scratchlm.model.draw.positions import ropes_of
 from scratchlm.model.draw.routers import MOST_STEPS, router_picture, router_records

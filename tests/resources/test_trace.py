@@ -1,4 +1,4 @@
-"""A step traced without memory: its FLOPs are those that torch counts on a real one, its memory what torch's allocator gave."""
+"""A step traced without memory: FLOPs by hand, memory as torch's allocator gave it. See also test_every_architecture.py."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from model_variants import VARIANTS
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.optim import build_optimizers
 from scratchlm.resources.step import CPU, Step, trace_step
-from scratchlm.resources.trace import FLOPS, Storage, Trace, Tracer, without_memory
+from scratchlm.resources.trace import Storage, Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
 
-every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
 TINY = ModelConfig(vocab_size=300, context_length=64, d_model=32, layers=2, heads=4)
 
 
@@ -36,23 +33,6 @@ def real_batch(config: ModelConfig, rows: int) -> Batch:
 
 
 # ---------------------------------------------------------------------------------------------------- FLOPs
-
-
-@every_variant
-def test_flops_of_forward_and_backward_are_those_torch_counts(config: ModelConfig) -> None:
-    """The same products in the same numbers, over the whole architecture table; torch's counter is told of the products it does
-    not know: flash attention on a CPU and the experts' grouped products."""
-    step = traced(config)
-    model = Transformer(config, seed=0)
-    counted = {}
-    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-    with counter:
-        objective = NextTokenLoss(model)(real_batch(config, 2))
-        counted["forward"] = counter.get_total_flops()
-        objective.backward()
-    counted["backward"] = counter.get_total_flops() - counted["forward"]
-    assert {phase: step.trace.flops(phase) for phase in counted} == counted
-    assert counted["backward"] or not config.layers
 
 
 def test_flops_of_a_plain_model_by_hand() -> None:
@@ -129,16 +109,6 @@ def test_peak_memory_is_what_the_allocator_gave(case: dict[str, Any]) -> None:
     moment, peak = step.trace.peak()
     measured = by_the_allocator(config, optim, train, precision, rows)
     assert peak == pytest.approx(measured, rel=0.03), step.trace.live_by(moment, lambda s: s.kind)
-
-
-@pytest.mark.parametrize("name", ["moe", "attention = gla", "norm_placement = double", "mask = strided", "mtp"])
-def test_fakes_do_as_real_tensors_do(name: str) -> None:
-    config = next(config for key, config in VARIANTS.items() if key.startswith(name))
-    for precision in ("fp32", "bf16"):
-        fake, real = (traced(config, precision=precision, real=real) for real in (False, True))
-        assert [op.name for op in fake.trace.operations] == [op.name for op in real.trace.operations]
-        assert fake.trace.peak() == real.trace.peak()
-        assert fake.trace.timeline() == real.trace.timeline()
 
 
 def test_kinds_of_memory() -> None:
