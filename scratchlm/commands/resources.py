@@ -85,23 +85,25 @@ def resources(arguments: list[str]) -> None:
     fused = target.device is not None and target.device.kind in ("cuda", "rocm")
     from scratchlm.resources.as_json import as_json as to_json
     from scratchlm.resources.estimate import estimate
+    from scratchlm.resources.no_compiler import without_the_compiler
     from scratchlm.resources.tables import show
 
-    found = estimate(
-        recipe,
-        precision=precision,
-        compiled=compiled,
-        machine=machine,
-        memory_bytes=target.memory_bytes,
-        price_per_hour=target.price_per_hour,
-        micro_batch=options.micro_batch,
-        accumulation=parts,
-        fused_dropout=fused,
-    )
+    with without_the_compiler():
+        found = estimate(
+            recipe,
+            precision=precision,
+            compiled=compiled,
+            machine=machine,
+            memory_bytes=target.memory_bytes,
+            price_per_hour=target.price_per_hour,
+            micro_batch=options.micro_batch,
+            accumulation=parts,
+            fused_dropout=fused,
+        )
     if page is not None:
         from scratchlm.resources.page import write_page
 
-        write_page(found, target, recipe, page, fused_dropout=fused)
+        write_page(found, target, page)
     if as_json:
         write(json.dumps(to_json(found, target), indent=2) + "\n")
     else:

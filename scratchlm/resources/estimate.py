@@ -12,10 +12,11 @@ from typing import Any
 from scratchlm.config import Recipe
 from scratchlm.generate.cache import KVCache
 from scratchlm.model.config import ModelConfig
-from scratchlm.model.draw.hollow import hollow
-from scratchlm.resources.step import Step, as_compiled_on_a_cpu, trace_step
+from scratchlm.model.moe import ExpertLinear, MixtureOfExperts
+from scratchlm.model.transformer import Transformer
+from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
-from scratchlm.resources.trace import Operation
+from scratchlm.resources.trace import Operation, Trace
 
 BIT_8_STATES = 2 + 8 / 256
 """Bytes per parameter of two moments in 8 bits with a 32-bit scale per block of 256 (Dettmers et al. 2022, arXiv 2110.02861)."""
@@ -29,6 +30,8 @@ class Component:
         path: its dotted name, ``*`` for the number of the layer.
         copies: how many modules it stands for.
         params: its own parameters (not those of modules inside), all copies together.
+        active: those of them that one token meets.
+        weights, gradients, state: bytes of its parameters, of their gradients and of what the optimizer remembers of them.
         forward, backward: FLOPs of its products per trained token.
         kept: bytes of activations that its forward pass leaves for the backward pass.
     """
@@ -36,6 +39,10 @@ class Component:
     path: str
     copies: int = 0
     params: int = 0
+    active: int = 0
+    weights: int = 0
+    gradients: int = 0
+    state: int = 0
     forward: float = 0.0
     backward: float = 0.0
     kept: int = 0
@@ -69,6 +76,7 @@ class Memory:
         at_peak: kind → bytes.
         by_component: component → bytes of activations and temporaries at the peak.
         timeline: (phase, live bytes) at every operation.
+        by_kind: kind → live bytes at every operation.
     """
 
     peak: int
@@ -76,6 +84,7 @@ class Memory:
     at_peak: dict[str, int]
     by_component: dict[str, int]
     timeline: list[tuple[str, int]] = field(repr=False, default_factory=list)
+    by_kind: dict[str, list[int]] = field(repr=False, default_factory=dict)
 
 
 @dataclass
@@ -187,28 +196,32 @@ def estimate(
     rows = micro_batch or recipe.train.batch_size // parts
     length = config.context_length
 
-    def traced(batch: int, **changes: Any) -> Step:
-        given: dict[str, Any] = {"precision": precision, "accumulation": parts} | changes
-        train = recipe.train.model_copy(update={"loss_kernel": given.pop("loss_kernel", recipe.train.loss_kernel)})
-        return trace_step(config, recipe.optim, train, micro_batch=batch, **given)
+    prepared = Traceable(config, recipe.optim, recipe.train)
+    given: dict[str, Any] = {"precision": precision, "accumulation": parts}
+    step = prepared.step(micro_batch=rows, **given)
+    optimizer = _peak_of_update(step)
 
-    step = traced(rows)
-    model = hollow(config)
+    def peak(batch: int, **changes: Any) -> int:
+        """Of a step with another micro-batch, or with something else changed; the optimizer's own part is known by now."""
+        trace = prepared.step(micro_batch=batch, update=False, **given | changes).trace
+        return max(trace.peak()[1], optimizer + _tables(trace))
+
+    model = prepared.model
     memory = _memory(step)
     other = 2 * rows if rows == 1 else rows // 2
-    peaks = {rows: memory.peak, other: traced(other).trace.peak()[1]}
+    peaks = {rows: memory.peak, other: peak(other)}
     slope = (peaks[rows] - peaks[other]) / (rows - other)
     fixed = memory.peak - slope * rows
     largest = None
     if memory_bytes is not None:
         most = max(rows, other, LONGEST_TRACE // length)
-        largest = largest_fitting(lambda batch: traced(batch).trace.peak()[1], memory_bytes, peaks, most)
+        largest = largest_fitting(peak, memory_bytes, peaks, most)
     tokens = step.tokens
-    saved = _savings(traced, step, rows, precision, recipe) if savings else {}
+    saved = _savings(peak, step, rows, precision, recipe) if savings else {}
     timed = step
-    if compiled and machine is not None and machine.is_cpu:
-        config = as_compiled_on_a_cpu(config, length)  # `traced` takes it from here
-        timed = traced(rows)
+    if compiled and machine is not None and machine.is_cpu and as_compiled_on_a_cpu(config, length) != config:
+        compiled_like = Traceable(as_compiled_on_a_cpu(config, length), recipe.optim, recipe.train)
+        timed = compiled_like.step(micro_batch=rows, **given)
     found = Estimate(
         name=recipe.name,
         precision=precision,
@@ -223,7 +236,7 @@ def estimate(
         backward_flops=step.trace.flops("backward") / tokens,
         model_flops=model.training_flops_per_token(length),
         six_n=6 * model.num_active_params(),
-        components=_components(step),
+        components=components_of(step, model),
         operations=_operations(step, machine),
         memory=memory,
         fixed_bytes=fixed,
@@ -299,10 +312,22 @@ def _memory(step: Step) -> Memory:
         dict(sorted(alive.items(), key=lambda pair: -pair[1])),
         dict(sorted(where.items(), key=lambda pair: -pair[1])),
         [(op.phase, live) for op, live in zip(trace.operations, trace.timeline(), strict=True)],
+        trace.timeline_by_kind(),
     )
 
 
-def _components(step: Step) -> list[Component]:
+def _peak_of_update(step: Step) -> int:
+    """The most that lives while the optimizer works, without the batch, which alone depends on the micro-batch."""
+    live = zip(step.trace.operations, step.trace.timeline(), strict=True)
+    return max((bytes_ for op, bytes_ in live if op.phase == "optimizer"), default=0) - _tables(step.trace)
+
+
+def _tables(trace: Trace) -> int:
+    return sum(storage.size for storage in trace.storages if storage.kind == "batch and tables")
+
+
+def components_of(step: Step, model: Transformer) -> list[Component]:
+    """A traced step by the modules of its model."""
     found: dict[str, Component] = {}
 
     def at(path: str) -> Component:
@@ -312,6 +337,7 @@ def _components(step: Step) -> list[Component]:
     for name, numbers in step.params.items():
         module = name.rpartition(".")[0]
         at(collapsed(module)).params += numbers
+        at(collapsed(module)).active += _active(model, module, numbers)
         owners[collapsed(module)].add(module)
     for operation in step.trace.operations:
         if operation.phase in ("forward", "backward") and operation.flops:
@@ -323,6 +349,14 @@ def _components(step: Step) -> list[Component]:
             else:
                 component.backward += share
     for storage in step.trace.storages:
+        if storage.owner:
+            owner = at(collapsed(storage.owner.rpartition(".")[0]))
+            if storage.kind == "weights":
+                owner.weights += storage.size
+            elif storage.kind == "gradients":
+                owner.gradients += storage.size
+            elif storage.kind == "optimizer state":
+                owner.state += storage.size
         if storage.kind == "activations":
             component = at(collapsed(storage.module))
             component.kept += storage.size
@@ -330,6 +364,15 @@ def _components(step: Step) -> list[Component]:
     for component in found.values():
         component.copies = len(owners[component.path])
     return list(found.values())
+
+
+def _active(model: Transformer, module: str, params: int) -> int:
+    """Of a module's own parameters those that one token meets: of a mixture's experts the k it goes to."""
+    if not isinstance(model.get_submodule(module), ExpertLinear):
+        return params
+    mixture = model.get_submodule(module.rpartition(".")[0])
+    assert isinstance(mixture, MixtureOfExperts)
+    return params * mixture.k // mixture.n_experts
 
 
 def _operations(step: Step, machine: Machine | None) -> list[OperationGroup]:
@@ -372,17 +415,19 @@ def _time(step: Step, recipe: Recipe, machine: Machine, compiled: bool, model: A
     )
 
 
-def _savings(traced: Any, step: Step, rows: int, precision: str, recipe: Recipe) -> dict[str, int]:
+def _savings(
+    peak_with: Callable[..., int], step: Step, rows: int, precision: str, recipe: Recipe
+) -> dict[str, int]:
     """Peak bytes with one thing changed: what can be traced is traced, the rest is taken from the trace."""
     peak = step.trace.peak()[1]
     found: dict[str, int] = {}
     if precision != "bf16":
-        found["bf16 autocast"] = traced(rows, precision="bf16").trace.peak()[1]
+        found["bf16 autocast"] = peak_with(rows, precision="bf16")
     if rows > 1:
-        half = traced(rows // 2, accumulation=max(2, 2 * step.accumulation))
-        found["half the micro-batch, twice the accumulation"] = half.trace.peak()[1]
+        half = peak_with(rows // 2, accumulation=max(2, 2 * step.accumulation))
+        found["half the micro-batch, twice the accumulation"] = half
     if recipe.train.loss_kernel == "reference":
-        found["chunked loss"] = traced(rows, loss_kernel="chunked").trace.peak()[1]
+        found["chunked loss"] = peak_with(rows, loss_kernel="chunked")
     found["checkpointing whole blocks"] = checkpointed_peak(step)
     state = sum(s.size for s in step.trace.storages if s.kind == "optimizer state")
     params = sum(step.params.values())

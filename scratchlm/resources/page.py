@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,13 @@ import numpy as np
 from scratchlm.files import write_text
 from scratchlm.model.draw.style import COLOURS, HUES, dress, legend, new_figure
 from scratchlm.resources import tables
-from scratchlm.resources.estimate import model_of
-from scratchlm.resources.step import trace_step
 from scratchlm.resources.tables import Target, seconds, si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from scratchlm.config import Recipe
     from scratchlm.resources.estimate import Estimate, OperationGroup
-    from scratchlm.resources.trace import Trace
 
 KINDS = ("weights", "optimizer state", "gradients", "activations", "temporaries", "batch and tables")
 """From the bottom of the picture to its top: what stays first."""
@@ -40,46 +36,20 @@ MOMENTS = 400
 _WIDE = 9.6  # inches
 
 
-def bytes_by_kind(trace: Trace) -> dict[str, list[int]]:
-    """Live bytes of each kind while each operation runs; together they are :meth:`Trace.timeline`."""
-    length = len(trace.operations)
-    change = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
-    for storage in trace.storages:
-        change[storage.kind][min(storage.born, length)] += storage.size
-        if storage.died is not None:
-            change[storage.kind][min(storage.died, length)] -= storage.size
-    return {kind: np.cumsum(step)[:length].tolist() for kind, step in change.items()}
-
-
-def traced_bytes(recipe: Recipe, estimate: Estimate, fused_dropout: bool = False) -> dict[str, list[int]]:
-    """:func:`bytes_by_kind` of the step that `estimate` was made from, traced once more."""
-    config = model_of(recipe)
-    if fused_dropout:
-        config = config.model_copy(update={"attention_dropout": 0.0})
-    step = trace_step(
-        config,
-        recipe.optim,
-        recipe.train,
-        precision=estimate.precision,
-        micro_batch=estimate.micro_batch,
-        accumulation=estimate.accumulation,
-    )
-    return bytes_by_kind(step.trace)
-
-
 def thinned(live: Sequence[int], most: int = MOMENTS) -> list[int]:
     """At most `most` moments, evenly spread, of each stretch the one with most bytes: the peak is among them."""
     edges = np.linspace(0, len(live), min(most, len(live)) + 1).astype(int)
     return [int(low + np.argmax(live[low:high])) for low, high in itertools.pairwise(edges) if high > low]
 
 
-def memory_figure(estimate: Estimate, by_kind: Mapping[str, Sequence[int]], target: Target) -> Figure:
+def memory_figure(estimate: Estimate, target: Target) -> Figure:
     """Bytes by kind over the operations of a micro-batch and the optimizer, phases shaded, the peak marked."""
     colours, hues = COLOURS["light"], HUES["light"]
     figure = new_figure("light", _WIDE, 4.2)
     axes = figure.add_subplot()
     phases = [phase for phase, _ in estimate.memory.timeline]
     live = [size for _, size in estimate.memory.timeline]
+    by_kind = estimate.memory.by_kind
     top = max(live)
     unit, prefix = next(((size, name) for size, name in tables._PREFIXES if top >= size), (1.0, ""))
     shown = thinned(live)
@@ -285,13 +255,12 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: light.get(colour[0], colour[0]), text)
 
 
-def render_page(estimate: Estimate, target: Target, by_kind: Mapping[str, Sequence[int]]) -> str:
+def render_page(estimate: Estimate, target: Target) -> str:
     """The page's HTML.
 
     Args:
         estimate: from :func:`scratchlm.resources.estimate.estimate`.
         target: what it was made for.
-        by_kind: of the same step, from :func:`bytes_by_kind`.
     """
     import jinja2
 
@@ -312,9 +281,9 @@ def render_page(estimate: Estimate, target: Target, by_kind: Mapping[str, Sequen
         summary=tables.summary(estimate, target),
         roofline=None if roofline is None else svg(roofline, "roofline"),
         without_products=_without_products(estimate),
-        memory=svg(memory_figure(estimate, by_kind, target), "memory"),
+        memory=svg(memory_figure(estimate, target), "memory"),
         moment=estimate.memory.moment,
-        components=[(row, row.cells()) for row in tables.component_rows(estimate)],
+        components=tables.component_rows(estimate),
         kinds=tables.memory_rows(estimate),
         headers=tables.operation_headers(estimate),
         operations=tables.operation_rows(estimate, target, most=25),
@@ -354,13 +323,11 @@ def _figures(e: Estimate, target: Target) -> list[tuple[str, str, str]]:
     return found
 
 
-def write_page(
-    estimate: Estimate, target: Target, recipe: Recipe, path: Path, *, fused_dropout: bool = False
-) -> None:
-    """Write the page, whole or not at all; `recipe` and `fused_dropout` are those of the estimate.
+def write_page(estimate: Estimate, target: Target, path: Path) -> None:
+    """Write the page, whole or not at all.
 
     Raises:
         UserError: it cannot be written there.
     """
-    page = render_page(estimate, target, traced_bytes(recipe, estimate, fused_dropout))
+    page = render_page(estimate, target)
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))

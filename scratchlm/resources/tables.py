@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from scratchlm.resources.devices import Device
 
@@ -153,6 +153,28 @@ def _times(e: Estimate, target: Target) -> list[tuple[str, str]]:
     return found
 
 
+class Figures(NamedTuple):
+    """What adds up along the tree.
+
+    Attributes:
+        params, active: parameters, and those of them that one token meets.
+        forward, backward: FLOPs of products per trained token.
+        weights, gradients, state: bytes of parameters, gradients and what the optimizer remembers.
+        kept: bytes that the forward pass leaves for the backward pass.
+        at_peak: bytes of activations and temporaries at the peak.
+    """
+
+    params: int = 0
+    active: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    weights: int = 0
+    gradients: int = 0
+    state: int = 0
+    kept: int = 0
+    at_peak: int = 0
+
+
 @dataclass
 class Node:
     """A module of the tree: its own figures, and those inside it.
@@ -169,20 +191,27 @@ class Node:
     inside: dict[str, Node] = field(default_factory=dict)
     at_peak: int = 0
 
-    def figures(self) -> tuple[int, float, float, int, int]:
-        """Parameters, FLOPs forward and backward per token, bytes kept, bytes at the peak: with everything inside."""
-        return _sum([self.itself(), *(node.figures() for node in self.inside.values())])
+    def figures(self) -> Figures:
+        """With everything inside."""
+        every = [self.itself(), *(node.figures() for node in self.inside.values())]
+        return Figures(*(sum(column) for column in zip(*every, strict=True)))
 
-    def itself(self) -> tuple[int, float, float, int, int]:
-        """The same of its own."""
-        if self.own is None:
-            return 0, 0.0, 0.0, 0, self.at_peak
-        return self.own.params, self.own.forward, self.own.backward, self.own.kept, self.at_peak
-
-
-def _sum(figures: Sequence[tuple[int, float, float, int, int]]) -> tuple[int, float, float, int, int]:
-    params, forward, backward, kept, at_peak = zip(*figures, strict=True)
-    return sum(params), sum(forward), sum(backward), sum(kept), sum(at_peak)
+    def itself(self) -> Figures:
+        """Of its own."""
+        own = self.own
+        if own is None:
+            return Figures(at_peak=self.at_peak)
+        return Figures(
+            own.params,
+            own.active,
+            own.forward,
+            own.backward,
+            own.weights,
+            own.gradients,
+            own.state,
+            own.kept,
+            self.at_peak,
+        )
 
 
 def tree(estimate: Estimate) -> Node:
@@ -211,25 +240,33 @@ class ComponentRow:
         branch: the lines that lead to it.
         name: what it is.
         copies: how many there are; empty: it only holds others.
-        params, forward, backward, kept, at_peak: of it and everything below it.
+        figures: of it and everything below it.
     """
 
     branch: str
     name: str
     copies: str
-    params: int
-    forward: float
-    backward: float
-    kept: int
-    at_peak: int
+    figures: Figures
 
-    def cells(self) -> list[str]:
-        """As readable strings: parameters, FLOPs forward and backward, bytes kept and at the peak."""
+    def counts(self) -> list[str]:
+        """As readable strings: parameters, those active, FLOPs forward and backward."""
+        found = self.figures
         return [
-            f"{self.params:,}" if self.params else "–",
-            *(si(flops) if flops else "–" for flops in (self.forward, self.backward)),
-            *(si(size, "B") if size else "–" for size in (self.kept, self.at_peak)),
+            *(f"{count:,}" if count else "–" for count in (found.params, found.active)),
+            *(si(flops) if flops else "–" for flops in (found.forward, found.backward)),
         ]
+
+    @property
+    def counts_something(self) -> bool:
+        return any(self.figures[:4])
+
+    @property
+    def takes_memory(self) -> bool:
+        return any(self.figures[4:])
+
+    def bytes(self) -> list[str]:
+        """As readable strings: weights, gradients, optimizer state, kept for the backward pass, there at the peak."""
+        return [si(size, "B") if size else "–" for size in self.figures[4:]]
 
 
 def component_rows(estimate: Estimate) -> list[ComponentRow]:
@@ -243,7 +280,7 @@ def _rows(node: Node, branch: str, below: str) -> Iterator[ComponentRow]:
         node = next(iter(node.inside.values()))
         name += f".{node.name}"
     copies = "" if node.own is None or node.own.copies == 1 else f"{node.own.copies}"
-    yield ComponentRow(branch, name, copies, *node.figures())
+    yield ComponentRow(branch, name, copies, node.figures())
     inside = list(node.inside.values())
     if inside and any(node.itself()):
         inside.insert(0, Node(_ITSELF, node.own, at_peak=node.at_peak))
@@ -329,7 +366,8 @@ def show(estimate: Estimate, target: Target) -> None:
         figures.add_row(Text(what, style="dim"), Text(sentence))
     console.print(Text(estimate.name, style="bold"))
     console.print(figures)
-    console.print(_components(estimate))
+    for table in _components(estimate):
+        console.print(table)
     console.print(_memory(estimate))
     console.print(_operations(estimate, target))
     if estimate.savings:
@@ -352,15 +390,23 @@ def remarks(estimate: Estimate, target: Target) -> list[str]:
     return [*found, *target.notes]
 
 
-def _components(estimate: Estimate) -> Table:
-    table = _table(
-        "components; FLOPs of matrix products per trained token",
-        ("component",),
-        ("copies", "parameters", "forward", "backward", "kept for\nbackward", "there at\nthe peak"),
-    )
-    for row in component_rows(estimate):
-        table.add_row(row.branch + row.name, row.copies, *row.cells(), style=None if row.branch else "bold")
-    return table
+COUNTS = ("parameters", "active", "forward", "backward")
+BYTES = ("weights", "gradients", "optimizer\nstate", "kept for\nbackward", "there at\nthe peak")
+"""What :meth:`ComponentRow.counts` and :meth:`ComponentRow.bytes` hold."""
+
+
+def _components(estimate: Estimate) -> Iterator[Table]:
+    rows = component_rows(estimate)
+    counts = _table("components; FLOPs of matrix products per trained token", ("component",), ("copies", *COUNTS))
+    sizes = _table("bytes of the components; at the peak: activations and temporaries", ("component",), BYTES)
+    for row in rows:
+        name, style = row.branch + row.name, None if row.branch else "bold"
+        if row.counts_something:
+            counts.add_row(name, row.copies, *row.counts(), style=style)
+        if row.takes_memory:
+            sizes.add_row(name, *row.bytes(), style=style)
+    yield counts
+    yield sizes
 
 
 def _memory(estimate: Estimate) -> Table:

@@ -52,6 +52,28 @@ def test_sums_are_those_of_the_model() -> None:
     assert flops == pytest.approx((found.forward_flops + found.backward_flops) * 8 * 64)
 
 
+def test_of_experts_only_those_chosen_are_active() -> None:
+    given = recipe(model={"moe": {"experts": 8, "top_k": 2, "shared": 1}})
+    parts = {part.path: part for part in estimate(given, precision="fp32", savings=False).components}
+    up = parts["blocks.*.feedforward.up"]
+    assert up.active * 4 == up.params > 0
+    shared = parts["blocks.*.feedforward.shared.down"]
+    assert shared.active == shared.params > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_other_micro_batches_need_no_second_look_at_the_optimizer(optimizer: str) -> None:
+    """Where the optimizer's temporaries are the peak, too: one sequence, few tokens."""
+    given = recipe(optim={"optimizer": optimizer}, model={"d_model": 96, "d_ff": 1024}, train={"batch_size": 2})
+    found = estimate(given, precision="bf16", savings=False)
+    peaks = {}
+    for rows in (1, 2):
+        step = trace_step(model_of(given), given.optim, given.train, precision="bf16", micro_batch=rows)
+        peaks[rows] = step.trace.peak()[1]
+    assert found.memory.peak == peaks[2]
+    assert found.bytes_per_sequence == peaks[2] - peaks[1]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(precision: str, accumulation: int) -> None:

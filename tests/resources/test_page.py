@@ -34,11 +34,6 @@ def tiny() -> Estimate:
     )
 
 
-@pytest.fixture(scope="module")
-def by_kind(tiny: Estimate) -> dict[str, list[int]]:
-    return page.traced_bytes(RECIPE, tiny)
-
-
 TARGET = Target(find("h100"), 80e9, 2.0)
 
 
@@ -82,8 +77,8 @@ def read(text: str) -> Reader:
     return reader
 
 
-def test_it_needs_nothing_but_itself(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
-    text = page.render_page(tiny, TARGET, by_kind)
+def test_it_needs_nothing_but_itself(tiny: Estimate) -> None:
+    text = page.render_page(tiny, TARGET)
     reader = read(text)
     assert "http" not in text and "@import" not in text and "<script" not in text
     assert all(address.startswith(("#", "data:")) for address in reader.fetched)
@@ -93,8 +88,8 @@ def test_it_needs_nothing_but_itself(tiny: Estimate, by_kind: dict[str, list[int
     assert len(reader.ids) == len(set(reader.ids))  # two pictures, no name twice
 
 
-def test_light_and_dark_are_the_pages_own_colours(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
-    text = page.render_page(tiny, TARGET, by_kind)
+def test_light_and_dark_are_the_pages_own_colours(tiny: Estimate) -> None:
+    text = page.render_page(tiny, TARGET)
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert "var(--ink)" in drawn and "var(--hue0)" in drawn
     assert not re.search(r"#[0-9a-fA-F]{6}", drawn)  # a fixed colour would not turn dark
@@ -104,8 +99,8 @@ def test_light_and_dark_are_the_pages_own_colours(tiny: Estimate, by_kind: dict[
     assert page.variables("light") != page.variables("dark")
 
 
-def test_every_component_and_figure_appears(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
-    reader = read(page.render_page(tiny, TARGET, by_kind))
+def test_every_component_and_figure_appears(tiny: Estimate) -> None:
+    reader = read(page.render_page(tiny, TARGET))
     words = "\n".join(reader.words)
     for component in tiny.components:
         assert component.path.split(".")[-1] in words
@@ -115,12 +110,14 @@ def test_every_component_and_figure_appears(tiny: Estimate, by_kind: dict[str, l
         assert kind in words
 
 
-def test_the_kinds_make_up_the_timeline_of_the_estimate(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
+def test_the_kinds_make_up_the_timeline_of_the_estimate(tiny: Estimate) -> None:
     live = [size for _, size in tiny.memory.timeline]
-    assert np.array_equal(np.sum([by_kind[kind] for kind in page.KINDS], axis=0), live)
+    assert np.array_equal(np.sum([tiny.memory.by_kind[kind] for kind in page.KINDS], axis=0), live)
     moment = int(np.argmax(live))
-    assert {kind: sizes[moment] for kind, sizes in by_kind.items() if sizes[moment]} == tiny.memory.at_peak
-    assert all(size >= 0 for sizes in by_kind.values() for size in sizes)
+    assert {
+        kind: sizes[moment] for kind, sizes in tiny.memory.by_kind.items() if sizes[moment]
+    } == tiny.memory.at_peak
+    assert all(size >= 0 for sizes in tiny.memory.by_kind.values() for size in sizes)
 
 
 def test_thinned_keeps_the_peak() -> None:
@@ -132,15 +129,15 @@ def test_thinned_keeps_the_peak() -> None:
         assert max(live[moment] for moment in shown) == max(live)
 
 
-def test_memory_is_drawn_to_scale(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
-    figure = page.memory_figure(tiny, by_kind, Target(memory_bytes=0.5 * tiny.memory.peak))
+def test_memory_is_drawn_to_scale(tiny: Estimate) -> None:
+    figure = page.memory_figure(tiny, Target(memory_bytes=0.5 * tiny.memory.peak))
     (axes,) = figure.axes
     (marker, limit) = axes.lines
     unit = {"MB": 1e6, "kB": 1e3}[axes.get_ylabel().split()[0]]
     live = [size for _, size in tiny.memory.timeline]
     assert marker.get_xydata().tolist() == [[int(np.argmax(live)), tiny.memory.peak / unit]]
     assert limit.get_ydata()[0] == pytest.approx(0.5 * tiny.memory.peak / unit)
-    kinds = [kind for kind in page.KINDS if any(by_kind[kind])]
+    kinds = [kind for kind in page.KINDS if any(tiny.memory.by_kind[kind])]
     assert [one.get_label() for one in axes.collections] == kinds
     highest = max(point[1] for one in axes.collections for path in one.get_paths() for point in path.vertices)
     assert highest == pytest.approx(tiny.memory.peak / unit)
@@ -167,17 +164,17 @@ def test_points_lie_under_the_roofs(tiny: Estimate) -> None:
     assert "blocks.*.attention · fused attention" in {page.label(group) for group in groups}
 
 
-def test_without_roofs_there_is_no_roofline(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
+def test_without_roofs_there_is_no_roofline(tiny: Estimate) -> None:
     assert page.roofline_figure(tiny, Target()) is None
-    assert "The roofs are not known" in page.render_page(tiny, Target(), by_kind)
+    assert "The roofs are not known" in page.render_page(tiny, Target())
 
 
-def test_markup_in_names_is_text(tiny: Estimate, by_kind: dict[str, list[int]]) -> None:
-    text = page.render_page(replace(tiny, name="<i>x"), TARGET, by_kind)
+def test_markup_in_names_is_text(tiny: Estimate) -> None:
+    text = page.render_page(replace(tiny, name="<i>x"), TARGET)
     assert "<i>x" not in text and "&lt;i&gt;x" in text
 
 
 def test_it_is_written_whole(tiny: Estimate, tmp_path: Path) -> None:
-    page.write_page(tiny, TARGET, RECIPE, tmp_path / "new" / "page.html")
+    page.write_page(tiny, TARGET, tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]

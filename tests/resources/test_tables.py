@@ -16,6 +16,7 @@ from scratchlm.resources.as_json import as_json
 from scratchlm.resources.devices import find
 from scratchlm.resources.estimate import Component, Estimate, estimate
 from scratchlm.resources.tables import (
+    Figures,
     Target,
     component_rows,
     memory_rows,
@@ -69,15 +70,19 @@ def test_every_row_of_the_tree_is_the_sum_of_the_rows_below_it(tiny: Estimate) -
                 below.append(rows[other])
         if below:
             parents += 1
-            for figure in ("params", "forward", "backward", "kept", "at_peak"):
-                assert math.isclose(getattr(row, figure), sum(getattr(one, figure) for one in below)), (row, figure)
+            for figure in Figures._fields:
+                inside = sum(getattr(one.figures, figure) for one in below)
+                assert math.isclose(getattr(row.figures, figure), inside), (row, figure)
     assert parents >= 4  # the model, a block, attention, feed-forward
 
 
 def test_the_root_has_the_totals(tiny: Estimate) -> None:
-    root = component_rows(tiny)[0]
+    root = component_rows(tiny)[0].figures
     assert root.params == tiny.params == sum(component.params for component in tiny.components)
     assert math.isclose(root.forward, tiny.forward_flops) and math.isclose(root.backward, tiny.backward_flops)
+    assert root.active == tiny.active_params
+    assert (root.weights, root.gradients) == (4 * tiny.params, 4 * tiny.params)
+    assert root.state == tiny.memory.at_peak["optimizer state"] == 8 * tiny.params
     passing = ("activations", "temporaries")
     assert root.at_peak == sum(tiny.memory.at_peak.get(kind, 0) for kind in passing)
 
@@ -96,14 +101,17 @@ def test_every_component_has_a_row(tiny: Estimate) -> None:
 
 def test_figures_of_its_own_come_first_and_are_named() -> None:
     bare = _bare()
-    components = [Component("a", 2, 1, 4.0, 8.0, 3), Component("a.b.*.c", 6, 10, 1.0, 2.0, 5)]
+    components = [
+        Component("a", 2, params=1, active=1, weights=4, forward=4.0, backward=8.0, kept=3),
+        Component("a.b.*.c", 6, params=10, active=5, gradients=40, state=80, forward=1.0, backward=2.0, kept=5),
+    ]
     made = replace(bare, components=components, memory=replace(bare.memory, by_component={"a.b.*.c": 7}))
     rows = component_rows(made)
     assert [row.branch + row.name for row in rows] == ["model", "└ a", "  ├ (itself)", "  └ b.*.c"]
-    assert [row.params for row in rows] == [11, 11, 1, 10]
+    assert [row.figures.params for row in rows] == [11, 11, 1, 10]
     assert [row.copies for row in rows] == ["", "2", "2", "6"]
-    assert rows[1].cells() == ["11", "5", "10", "8 B", "7 B"]
-    assert rows[2].cells() == ["1", "4", "8", "3 B", "–"]
+    assert rows[1].counts() == ["11", "6", "5", "10"] and rows[1].bytes() == ["4 B", "40 B", "80 B", "8 B", "7 B"]
+    assert rows[2].counts() == ["1", "1", "4", "8"] and rows[2].bytes() == ["4 B", "–", "–", "3 B", "–"]
 
 
 def _bare() -> Estimate:
