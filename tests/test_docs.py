@@ -13,7 +13,18 @@ import pytest
 from pydantic import BaseModel
 
 from scratchlm.cli import COMMANDS
-from scratchlm.commands import devices, drawings, dtypes, interop, models, profiling, resources, tokenizers, trained
+from scratchlm.commands import (
+    devices,
+    drawings,
+    dtypes,
+    interop,
+    models,
+    profiling,
+    resources,
+    tokenizer_tools,
+    tokenizers,
+    trained,
+)
 from scratchlm.config import Recipe
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.section import field_paths
@@ -29,7 +40,9 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "tokenizer train": tokenizers.TrainArguments,
     "tokenizer encode": tokenizers.EncodeArguments,
     "tokenizer decode": tokenizers.DecodeArguments,
-    "tokenizer inspect": tokenizers.InspectArguments,
+    "tokenizer inspect": tokenizer_tools.InspectArguments,
+    "tokenizer compare": tokenizer_tools.CompareArguments,
+    "tokenizer convert": tokenizer_tools.ConvertArguments,
     "evaluate": trained.EvaluateArguments,
     "generate": trained.GenerateArguments,
     "import": interop.ImportArguments,
@@ -47,6 +60,8 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
 FLAGS = {
     **{name: {"fresh", "model.preset"} for name in ("run", "train", "data prepare")},
     "model shape": {"json"},
+    "tokenizer inspect": {"json"},
+    "tokenizer compare": {"json"},
     "resources": {"json", "model.preset"},
     "resources devices": {"json", "sources"},
     "resources measure": {"json", "quick"},
