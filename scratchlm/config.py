@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from scratchlm.errors import UserError
 from scratchlm.files import write_text
@@ -20,7 +20,6 @@ from scratchlm.model import presets
 from scratchlm.model.config import ModelConfig
 from scratchlm.processes import MAX_WORKERS
 from scratchlm.section import Section, validate
-from scratchlm.sizes import parse_bytes
 
 DEVICE: Any = Field(
     default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
@@ -43,18 +42,6 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Fitted = Annotated[int, Field(ge=1)] | Literal["auto"]
 """A number, or what fits the device's memory."""
-
-
-def _size(text: str) -> str:
-    try:
-        parse_bytes(text)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
-Size = Annotated[str, AfterValidator(_size)]
-"""Bytes, as :func:`scratchlm.sizes.parse_bytes` reads them."""
 
 
 class TokenizerConfig(Section):
@@ -199,8 +186,10 @@ class OptimConfig(Section):
         "equal up to rounding. Muon: reference iterates in fp32, the others in bf16 where that is native, so that their "
         "digits differ.",
     )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        default="cosine", description="Learning rate after warm-up; wsd: warm-up, stable, then a decay."
+    schedule: Literal["cosine", "linear", "wsd", "constant", "rise"] = Field(
+        default="cosine",
+        description="Learning rate after warm-up; wsd: warm-up, stable, then a decay; rise: exponentially up from min_lr_ratio, as "
+        "`scratchlm lr` does.",
     )
     warmup_steps: int = Field(default=100, ge=0, le=10**12, description="Linear warm-up from zero.")
     decay_fraction: float = Field(default=0.2, ge=0, le=1, description="wsd: share of all steps spent decaying.")
@@ -253,8 +242,9 @@ class TrainConfig(Section):
         description="Micro-batches a batch is split into; auto: the fewest that fit. A number beside an auto decides; 1 "
         "leaves it to micro_batch, if that is set.",
     )
-    memory_limit: Size | None = Field(
+    memory_limit: str | None = Field(
         default=None,
+        pattern=r"^\d{1,15}(\.\d+)?( ?([kMGT]i?)?B)?$",
         description="Bytes that auto may plan with, weights included, such as 8GB or 512MiB; None: what is free.",
     )
     loader: Literal["epoch", "random"] = Field(

@@ -30,9 +30,11 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
               starting before the warm-up ends; p = (t − (T − D)) / D, f by `decay_shape`:
 
               linear 1 − p, sqrt 1 − √p (Hägele et al. 2024, arXiv 2405.18392), cosine (1 + cos πp) / 2
+    rise      r^(1 − q) with q = (t − W − 1) / (T − W − 1): from r up to 1 by equal factors, to find where training breaks
+              (Smith 2017, arXiv 1506.01186, §3.3, there linearly)
     ========  ==================================================================================================
 
-    So the last step, T − 1, has exactly r, the first one of the decay to have it (except under ``constant``, and ``wsd`` with D = 0); steps
+    So the last step, T − 1, has exactly r, the first one of the decay to have it (except under ``constant``, ``rise``, and ``wsd`` with D = 0); steps
     beyond it keep that value. With r = 0 the last step therefore leaves the weights as they are. A warm-up that is longer
     than the run is just cut off. With ``total_steps`` = 0 no step is ever taken; the value is the warm-up's or r.
 
@@ -52,6 +54,11 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
         return t / warmup
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "rise":
+        if not config.min_lr_ratio:
+            raise UserError("optim.schedule = rise begins at min_lr_ratio times the peak: set it above 0")
+        rising = total_steps - warmup - 1
+        return config.min_lr_ratio ** (1 - min((t - warmup - 1) / rising, 1.0)) if rising > 0 else 1.0
     decay = total_steps - warmup
     shape: str = config.schedule
     if shape == "wsd":
@@ -60,7 +67,9 @@ def lr_multiplier(step: int, total_steps: int, config: OptimConfig) -> float:
             raise UserError(f"optim.decay_shape = {shape!r} is unknown; allowed: {', '.join(_SHAPES)}")
         decay = min(decay, round(config.decay_fraction * total_steps))
     elif shape not in ("cosine", "linear"):
-        raise UserError(f"optim.schedule = {config.schedule!r} is unknown; allowed: cosine, linear, wsd, constant")
+        raise UserError(
+            f"optim.schedule = {config.schedule!r} is unknown; allowed: cosine, linear, wsd, constant, rise"
+        )
     if decay > 0:
         progress = min(max((t - (total_steps - decay)) / decay, 0.0), 1.0)
     else:  # nothing to decay over: wsd stays at the peak, the others are past their end

@@ -30,6 +30,10 @@ def test_points_by_hand() -> None:
     half = 0.2 + 0.8 * 0.5
     bend = 0.8 * math.sqrt(0.5) / 2
     assert curve(8, schedule="cosine", **shared) == pytest.approx([*rise, half + bend, half, half - bend, 0.2])
+    assert curve(7, schedule="rise", warmup_steps=4, min_lr_ratio=0.25) == pytest.approx([*rise, 0.25, 0.5, 1.0])
+    assert curve(1, schedule="rise", warmup_steps=0, min_lr_ratio=0.25) == [1.0]
+    with pytest.raises(UserError, match="set it above 0"):
+        curve(3, schedule="rise", warmup_steps=0, min_lr_ratio=0.0)
     assert curve(8, schedule="constant", **shared) == pytest.approx([*rise, 1, 1, 1, 1])
     assert curve(8, schedule="wsd", decay_fraction=0.25, **shared) == pytest.approx([*rise, 1, 1, 0.6, 0.2])
     assert curve(8, schedule="wsd", decay_fraction=0.0, **shared) == pytest.approx([*rise, 1, 1, 1, 1])
