@@ -33,12 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("tokenizers:train", "train a byte-level BPE tokenizer on text"),
     "tokenizer encode": ("tokenizers:encode", "text → token ids"),
     "tokenizer decode": ("tokenizers:decode", "token ids → text"),
-    "tokenizer inspect": (
-        "tokenizer_tools:inspect",
-        "what a tokenizer has learnt, how it cuts a text and merges a word",
-    ),
-    "tokenizer compare": ("tokenizer_tools:compare", "tokenizers and engines side by side on your own text"),
-    "tokenizer convert": ("tokenizer_tools:convert", "between tokenizer.json, tiktoken's and GPT-2's files"),
+    "tokenizer inspect": ("tokenizers:inspect", "what a tokenizer has learnt, and how it cuts a text"),
     "data prepare": ("recipes:data_prepare", "the first steps of a recipe: tokenizer and token shards"),
     "train": ("recipes:train", "the steps of a recipe up to the trained model"),
     "evaluate": (
@@ -46,6 +41,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "loss, perplexity and bits per byte of a run, on its held-out text or on files",
     ),
     "generate": ("trained:generate", "continue texts with a trained model"),
+    "ablate": (
+        "experiments:ablate",
+        "compare choices under an equal budget, with seeds: which differ, and is it noise",
+    ),
+    "lr": (
+        "experiments:learning_rate",
+        "the range of learning rates that work, by a run in which they rise until it breaks",
+    ),
     "import": ("interop:import_model", "a Hugging Face model becomes one of ours"),
     "export": ("interop:export_model", "a trained model becomes a folder that transformers opens"),
     "model list": ("models:list_presets", "known architectures that a recipe can name"),

@@ -17,11 +17,11 @@ from scratchlm.commands import (
     devices,
     drawings,
     dtypes,
+    experiments,
     interop,
     models,
     profiling,
     resources,
-    tokenizer_tools,
     tokenizers,
     trained,
 )
@@ -40,9 +40,7 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "tokenizer train": tokenizers.TrainArguments,
     "tokenizer encode": tokenizers.EncodeArguments,
     "tokenizer decode": tokenizers.DecodeArguments,
-    "tokenizer inspect": tokenizer_tools.InspectArguments,
-    "tokenizer compare": tokenizer_tools.CompareArguments,
-    "tokenizer convert": tokenizer_tools.ConvertArguments,
+    "tokenizer inspect": tokenizers.InspectArguments,
     "evaluate": trained.EvaluateArguments,
     "generate": trained.GenerateArguments,
     "import": interop.ImportArguments,
@@ -56,17 +54,18 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "resources measure": devices.MeasureArguments,
     "resources dtypes": dtypes.AuditArguments,
     "profile": profiling.ProfileArguments,
+    "ablate": experiments.AblateArguments,
+    "lr": experiments.LearningRateArguments,
 }
 FLAGS = {
     **{name: {"fresh", "model.preset"} for name in ("run", "train", "data prepare")},
     "model shape": {"json"},
-    "tokenizer inspect": {"json"},
-    "tokenizer compare": {"json"},
     "resources": {"json", "model.preset"},
     "resources devices": {"json", "sources"},
     "resources measure": {"json", "quick"},
     "resources dtypes": {"json", "saturate", "model.preset"},
     "profile": {"json", "model.preset"},
+    "lr": {"model.preset"},
 }  # beside the fields
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

@@ -16,7 +16,6 @@ import numpy as np
 
 from scratchlm.files import write_text
 from scratchlm.model.draw.style import COLOURS, HUES, dress, legend, new_figure
-from scratchlm.pages import page_templates
 from scratchlm.resources import tables
 from scratchlm.resources.tables import Target, seconds, si
 
@@ -263,7 +262,16 @@ def render_page(estimate: Estimate, target: Target) -> str:
         estimate: from :func:`scratchlm.resources.estimate.estimate`.
         target: what it was made for.
     """
-    environment = page_templates("scratchlm.resources")
+    import jinja2
+
+    # autoescape: names are text from elsewhere and may hold markup.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("scratchlm.resources", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     roofline = roofline_figure(estimate, target)
     return environment.get_template("resources.html").render(
         name=estimate.name,

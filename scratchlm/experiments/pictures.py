@@ -1,0 +1,263 @@
+"""The report's pictures: curves with the band of the seeds, differences with their intervals, loss against speed and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scratchlm.experiments.comparison import Comparison, Row
+from scratchlm.experiments.critical_batch import CriticalBatch
+from scratchlm.experiments.plan import Choice, Outcomes, Trial
+from scratchlm.experiments.results import Result, curve_of
+from scratchlm.model.draw.style import COLOURS, HUES, dress, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDE = 9.6  # inches
+_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_GRID = 200
+"""Places along a curve at which seeds are averaged."""
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""x, mean, least, greatest over seeds."""
+
+
+def colour(number: int) -> str:
+    """Of the variant at this place."""
+    return HUES["light"][number % len(HUES["light"])]
+
+
+def style(number: int) -> object:
+    """Its line: dashes where the colours begin anew."""
+    return _STYLES[number // len(HUES["light"]) % len(_STYLES)]
+
+
+def band(trials: Sequence[Trial], x: str, outcome: Outcomes, unit: str) -> Curve | None:
+    """The validation losses of a row's runs over a common axis, where all of them have been; None without a curve.
+
+    Args:
+        trials: of one row.
+        x: ``tokens``, ``flops``, or ``seconds`` at each run's median speed: without compiling, validations and what else the machine did.
+        outcome: what became of a trial.
+        unit: "bits per byte", else nats per token are drawn.
+    """
+    curves = []
+    for trial in trials:
+        found = outcome(trial)
+        curve = curve_of(trial.folder)
+        losses = curve["bits_per_byte" if unit == "bits per byte" else "loss"]
+        if not isinstance(found, Result) or not len(losses):
+            continue
+        scale = {"tokens": 1.0, "flops": found.flops_per_token, "seconds": 1 / found.tokens_per_second}[x]
+        along = curve["tokens"] * scale
+        finite = np.isfinite(losses)
+        if finite.any():
+            curves.append((along[finite], losses[finite]))
+    if not curves:
+        return None
+    first, last = max(along[0] for along, _ in curves), min(along[-1] for along, _ in curves)
+    if first >= last:  # a single validation
+        ends = np.array([losses[-1] for _, losses in curves])
+        return np.array([last]), ends.mean(keepdims=True), ends.min(keepdims=True), ends.max(keepdims=True)
+    places = np.linspace(first, last, _GRID)
+    values = np.stack([np.interp(places, along, losses) for along, losses in curves])
+    return places, values.mean(0), values.min(0), values.max(0)
+
+
+def curves_figure(comparison: Comparison, outcome: Outcomes) -> Figure | None:
+    """Validation loss against tokens, FLOPs and seconds; None before any run has a curve."""
+    figure = new_figure("light", _WIDE, 4.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds (at the median speed)"}
+    drawn = False
+    shown: list[np.ndarray] = []
+    for axes, (x, label) in zip(panels, labels.items(), strict=True):
+        for number, (row, trials) in enumerate(zip(comparison.rows, comparison.trials, strict=True)):
+            curve = band(trials, x, outcome, comparison.unit)
+            if curve is None:
+                continue
+            places, mean, low, high = curve
+            drawn = True
+            marker = "o" if len(places) == 1 else None
+            axes.plot(
+                places,
+                mean,
+                color=colour(number),
+                linestyle=style(number),
+                linewidth=1.6,
+                label=label_of(row),
+                marker=marker,
+            )
+            axes.fill_between(places, low, high, color=colour(number), alpha=0.2, linewidth=0)
+            shown.append(mean[len(mean) // 5 :])
+        dress(axes, "light", x=label, y=comparison.unit if axes is panels[0] else "", grid=True)
+    if not drawn:
+        return None
+    values = np.concatenate(shown)
+    margin = 0.08 * (values.max() - values.min()) or 0.1
+    panels[0].set_ylim(values.min() - margin, values.max() + margin)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(4, len(names)),
+        fontsize=8,
+        frameon=False,
+        labelcolor=COLOURS["light"]["ink"],
+    )
+    return figure
+
+
+def label_of(row: Row) -> str:
+    """A row's name in pictures."""
+    return f"{row.variant} ×{row.factor:g}" if row.rate else row.variant
+
+
+def differences_figure(comparison: Comparison) -> Figure | None:
+    """Each row's difference to the reference with its interval, zero marked; None without any."""
+    rows = [row for row in comparison.rows if row.difference is not None and math.isfinite(row.difference.mean)]
+    if not rows:
+        return None
+    ink, faint = COLOURS["light"]["ink"], COLOURS["light"]["faint"]
+    figure = new_figure("light", _WIDE, 0.9 + 0.32 * len(rows))
+    axes = figure.add_subplot()
+    hue = {"better": HUES["light"][2], "worse": HUES["light"][7]}
+    means = [row.difference.mean for row in rows if row.difference is not None]
+    reach = max(map(abs, means)) or 1e-3
+    for place, row in enumerate(reversed(rows)):
+        d = row.difference
+        assert d is not None
+        paint = hue.get(row.verdict, faint)
+        low, high = (
+            max(d.low, d.mean - 4 * reach),
+            min(d.high, d.mean + 4 * reach),
+        )  # a wild one must not flatten the others
+        if math.isfinite(d.low):
+            axes.plot([low, high], [place, place], color=paint, linewidth=2)
+        axes.plot([d.mean], [place], marker="o", markersize=5, color=paint)
+    axes.axvline(0, color=ink, linewidth=1)
+    axes.set_yticks(range(len(rows)), [label_of(row) for row in reversed(rows)])
+    dress(
+        axes,
+        "light",
+        x=f"{comparison.unit} more than {comparison.experiment.spec.reference} (left is better)",
+        grid=True,
+    )
+    return figure
+
+
+def pareto_figure(comparison: Comparison) -> Figure | None:
+    """Loss against speed, and against peak memory: what is on the line is not beaten in both by another; None without two points."""
+    rows = [(number, row) for number, row in enumerate(comparison.rows) if row.figures and math.isfinite(row.loss)]
+    if len(rows) < 2:
+        return None
+    figure = new_figure("light", _WIDE, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    losses = [row.bits if comparison.unit == "bits per byte" else row.loss for _, row in rows]
+    for axes, (name, label, sign) in zip(
+        panels,
+        (("tokens_per_second", "tokens per second", -1), ("peak_memory", "peak memory, GB", 1)),
+        strict=True,
+    ):
+        unit = 1e9 if name == "peak_memory" else 1.0
+        xs = [row.figures[name] / unit for _, row in rows]
+        for (number, row), x, loss in zip(rows, xs, losses, strict=True):
+            axes.plot([x], [loss], marker="o", color=colour(number))
+            axes.annotate(
+                label_of(row),
+                (x, loss),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS["light"]["ink"],
+            )
+        line = frontier([(sign * x, loss) for x, loss in zip(xs, losses, strict=True)])
+        axes.plot(
+            [sign * x for x, _ in line],
+            [y for _, y in line],
+            color=COLOURS["light"]["faint"],
+            linewidth=1,
+            zorder=0,
+        )
+        axes.margins(x=0.18, y=0.12)
+        dress(axes, "light", x=label, y=comparison.unit if axes is panels[0] else "", grid=True)
+    return figure
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats in one coordinate without being worse in the other; less is better in both. Sorted by the first."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure | None:
+    """Validation loss against the factor of the learning rates, a line per variant; None without a sweep of rates."""
+    swept = [name for name in order if name in choices and choices[name].losses]
+    if not swept:
+        return None
+    figure = new_figure("light", _WIDE, 3.8)
+    axes = figure.add_subplot()
+    for number, name in enumerate(swept):
+        losses = {f: loss for f, loss in choices[name].losses.items() if math.isfinite(loss)}
+        axes.plot(
+            list(losses),
+            list(losses.values()),
+            marker="o",
+            color=colour(number),
+            linestyle=style(number),
+            label=name,
+        )
+        best = choices[name].factor
+        if best in losses:
+            axes.plot([best], [losses[best]], marker="o", markersize=11, fillstyle="none", color=colour(number))
+    axes.set_xscale("log", base=2)
+    dress(
+        axes,
+        "light",
+        x="learning rates, times the recipe's (circled: the best tried)",
+        y="validation loss",
+        grid=True,
+    )
+    _legend_outside(figure, axes)
+    return figure
+
+
+def batch_figure(points: Sequence[tuple[float, Sequence[float]]], fitted: CriticalBatch | None) -> Figure | None:
+    """Tokens to the target against tokens per step, with the fitted line and its critical batch; None without a point."""
+    known = [(size, value) for size, values in points for value in values if math.isfinite(value)]
+    if not known:
+        return None
+    figure = new_figure("light", _WIDE, 3.8)
+    axes = figure.add_subplot()
+    axes.plot([size for size, _ in known], [value for _, value in known], "o", color=colour(0), label="runs")
+    if fitted is not None:
+        sizes = np.geomspace(min(size for size, _ in known) / 1.5, max(size for size, _ in known) * 1.5, 100)
+        axes.plot(
+            sizes,
+            fitted.least_tokens * (1 + sizes / fitted.critical),
+            color=colour(1),
+            label="E = E_min (1 + B / B_crit)",
+        )
+        if math.isfinite(fitted.critical):
+            axes.axvline(fitted.critical, color=COLOURS["light"]["faint"], linewidth=1, label="critical batch size")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    dress(axes, "light", x="tokens per step", y="tokens to the target", grid=True)
+    _legend_outside(figure, axes)
+    return figure
+
+
+def _legend_outside(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside right upper", fontsize=8, frameon=False, labelcolor=COLOURS["light"]["ink"]
+    )
