@@ -1,9 +1,15 @@
-"""Training and encoding speed beside tiktoken and Hugging Face tokenizers, on the source of Python's standard library.
+"""The tokenizer beside its peers: encoding, decoding, training, memory, first use, hard inputs, data preparation.
 
-    python benchmarks/tokenizer.py [--megabytes 4] [--rounds 3]
+    pip install -e '.[bench]'
+    python benchmarks/tokenizer.py                                   # everything: about half an hour on 2 cores
+    python benchmarks/tokenizer.py --only encode --corpora prose --vocab 32000
+    python benchmarks/tokenizer.py --only train,memory --rounds 3 --megabytes 20
 
-Every machine has this text. All run on one thread, in one process, in turn; medians over the rounds, with the spread.
-The last line is one JSON object: text, versions, machine and all figures. Ids are compared before anything is timed.
+Parts (``--only``): prepare, encode, scripts, threads, decode, train, memory, hurt, first, shards. Corpora are found on the machine
+(``tokenizer_corpora.py`` says where) and vocabularies trained here once; both are kept in ``--cache``. Each measurement
+runs in a process of its own (``tokenizer_measure.py``), rivals in turn in the same process. Results are merged into
+``results.json`` in ``--out``, so that parts can be run one by one; ``tables.md`` there and the chart are made from all of
+it. The last line printed is one JSON object with every ratio against its target.
 """
 
 from __future__ import annotations
@@ -15,92 +21,23 @@ import platform
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Before the import of tokenizers: one thread each.
-os.environ["RAYON_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))
 
-import tiktoken
-import tokenizers
+import tokenizer_report
+from tokenizer_corpora import adversarial
+from tokenizer_engines import versions
 
-from scratchlm.tokenizer import PATTERNS, Tokenizer, train_bpe
+from scratchlm.files import read_json, write_json
 
-SPECIAL = "<|endoftext|>"
-
-
-def standard_library(size: int) -> str:
-    """The first `size` bytes of the modules of Python's standard library, in order of their names, without its tests."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    parts, total = [], 0
-    for path in sorted(folder.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idle_test"} & set(path.relative_to(folder).parts):
-            continue
-        parts.append(path.read_text(encoding="utf-8", errors="replace"))
-        total += len(parts[-1].encode())
-        if total >= size:
-            break
-    return "".join(parts).encode()[:size].decode("utf-8", errors="ignore")
-
-
-def interleaved(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each, in turn `rounds` times: {name: {"median", "min", "max"}}; ``ratio`` is ours over theirs."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for number in range(rounds):
-        names = list(rivals)
-        for name in names if number % 2 == 0 else reversed(names):  # whoever runs first does not always run first
-            started = time.perf_counter()
-            rivals[name]()
-            seconds[name].append(time.perf_counter() - started)
-    ours = seconds[next(iter(rivals))]
-    return {
-        name: {
-            "median": round(statistics.median(times), 4),
-            "min": round(min(times), 4),
-            "max": round(max(times), 4),
-            "times_ours": round(statistics.median(t / o for t, o in zip(times, ours, strict=True)), 2),
-        }
-        for name, times in seconds.items()
-    }
-
-
-def hugging_face_trainer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
-    other = tokenizers.Tokenizer(tokenizers.models.BPE())
-    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[SPECIAL],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    other.train_from_iterator([text], trainer)
-    return other
-
-
-def compile_seconds() -> dict[str, float]:
-    """Seconds of the first merge with the compiled loop in a fresh process: nothing compiled yet, and compiled before."""
-    script = (
-        "import time; started = time.perf_counter()\n"
-        "from scratchlm.tokenizer.merging_fast import merge_words_fast\n"
-        "merge_words_fast({b'ab': 1}, 1); print(time.perf_counter() - started)"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
-        cold, warm = (
-            float(
-                subprocess.run(
-                    [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True
-                ).stdout
-            )
-            for _ in range(2)
-        )
-    return {"cold": round(cold, 2), "warm": round(warm, 2)}
+HERE = Path(__file__).parent
+PARTS = ("prepare", "encode", "scripts", "threads", "decode", "train", "memory", "hurt", "first", "shards")
+MAIN_VOCAB = 32_000
+FAST = ["scratchlm", "gigatoken", "snaptokens", "tokie", "splintr", "tiktoken"]
 
 
 def processor() -> str:
@@ -112,111 +49,268 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(megabytes: float, rounds: int) -> dict[str, Any]:
-    text = standard_library(int(megabytes * 1e6))
-    small, medium = text[:130_000], text[: len(text) // 2]
-    size = len(text.encode())
-    result: dict[str, Any] = {
-        "bytes": size,
-        "rounds": rounds,
-        "compile": compile_seconds(),
-        "train": {},
-        "encode": {},
-    }
-
-    train_bpe([medium], 4096, workers=1)  # compiles, if nothing did before
-    for name, part, vocab_size, repeat in [
-        ("130 kB to 500", small, 500, rounds),
-        ("medium to 4096", medium, 4096, 3),
-    ]:
-        result["train"][name] = {
-            "bytes": len(part.encode()),
-            "vocab_size": vocab_size,
-            "seconds": interleaved(
-                {
-                    "scratchlm": lambda part=part, v=vocab_size: train_bpe([part], v, [SPECIAL], workers=1),
-                    "tokenizers": lambda part=part, v=vocab_size: hugging_face_trainer(part, v),
-                },
-                repeat,
-            ),
-        }
-
-    for pattern in PATTERNS:
-        ours = train_bpe([medium], 4096, [SPECIAL], pattern, workers=1)
-        special = set(ours.special_tokens.values())
-        theirs = tiktoken.Encoding(
-            "same",
-            pat_str=PATTERNS[pattern].replace(r"\Z", "$"),
-            mergeable_ranks={token: index for index, token in ours.vocab.items() if index not in special},
-            special_tokens=ours.special_tokens,
+def commit() -> str:
+    """The commit of the working tree, with ``+`` if it has changes; "" outside a repository."""
+    try:
+        name = subprocess.run(
+            ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
-        with tempfile.TemporaryDirectory() as folder:
-            hugging = tokenizers.Tokenizer.from_file(str(ours.save(folder)))
-        # tokenizers is fed lines: one long text takes it much longer still.
-        lines = text.splitlines(keepends=True)
-        ids = ours.encode(text)
-        if ids != theirs.encode_ordinary(text):
-            raise SystemExit(f"ids differ from tiktoken's under {pattern}: nothing is timed")
-        if [i for e in hugging.encode_batch(lines[:2000]) for i in e.ids] != [
-            i for line in lines[:2000] for i in ours.encode(line)
-        ]:
-            raise SystemExit(f"ids differ from tokenizers' under {pattern}: nothing is timed")
-
-        def fresh(ours: Tokenizer = ours) -> None:  # with an empty cache of words, as a new process has it
-            Tokenizer(ours.vocab, ours.merges, ours.special_tokens, ours.pattern).encode_array(text)
-
-        seconds = interleaved(
-            {
-                "scratchlm": lambda ours=ours: ours.encode_array(text),
-                "scratchlm, first use": fresh,
-                "tiktoken": lambda theirs=theirs: theirs.encode_to_numpy(text, disallowed_special=()),
-                "tokenizers": lambda hugging=hugging, lines=lines: hugging.encode_batch(lines),
-            },
-            rounds,
+        dirty = subprocess.run(
+            ["git", "-C", str(HERE), "status", "--porcelain", "--", "../scratchlm"], capture_output=True, text=True
         )
-        result["encode"][pattern] = {
-            "bytes_per_token": round(size / len(ids), 3),
-            "seconds": seconds,
-            "megabytes_per_second": {
-                name: round(size / 1e6 / times["median"], 2) for name, times in seconds.items()
-            },
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+class Runner:
+    """Runs measurements in fresh processes and keeps what they found in ``results.json``."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.path = options.out / "results.json"
+        self.results: dict[str, Any] = read_json(self.path, "results") if self.path.exists() else {"parts": {}}
+
+    def measure(
+        self, part: str, threads: int | None = None, timeout: float | None = None, **job: Any
+    ) -> dict[str, Any]:
+        """What `part` of tokenizer_measure.py finds. `threads` holds back the thread pools of peers; None: all cores."""
+        job = {
+            "part": part,
+            "cache": str(self.options.cache),
+            "megabytes": self.options.megabytes,
+            "rounds": self.options.rounds,
+        } | job
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["RAYON_NUM_THREADS"] = str(threads)
+            environment["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+            job["threads"] = threads
+        command = [sys.executable, str(HERE / "tokenizer_measure.py"), json.dumps(job)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise SystemExit(f"{part} {job}: {done.stderr.strip()[-2000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    def keep(self, name: str, found: dict[str, Any]) -> None:
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "rounds": self.options.rounds, "load": load}
+        self.results["parts"][name] = found | {"about": about}
+        self.results["machine"] = {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+            "python": platform.python_version(),
         }
-    return result
+        self.results["versions"] = versions()
+        write_json(self.path, self.results)
+
+    # ---------------------------------------------------------------- parts
+
+    def prepare(self) -> None:
+        vocabularies = [(size, "gpt2") for size in self.options.vocab] + [
+            (MAIN_VOCAB, "gpt2"),
+            (MAIN_VOCAB, "cl100k"),
+        ]
+        found = self.measure("prepare", vocabularies=vocabularies)
+        self.results["corpora"] = found["corpora"]
+        self.keep("prepare", found)
+
+    def encode(self) -> None:
+        for corpus in self.options.corpora:
+            for size in self.options.vocab:
+                main = corpus == "prose" and size == MAIN_VOCAB
+                found = self.measure("encode", 1, corpus=corpus, vocab_size=size, pattern="gpt2", from_str=main)
+                self.keep(f"encode {corpus} {size}", found)
+                self.show("warm", found["warm"])
+        if "prose" in self.options.corpora and MAIN_VOCAB in self.options.vocab:
+            found = self.measure("encode", 1, corpus="prose", vocab_size=MAIN_VOCAB, pattern="cl100k")
+            self.keep(f"encode prose {MAIN_VOCAB} cl100k", found)
+            self.show("warm, cl100k", found["warm"])
+
+    def scripts(self) -> None:
+        for corpus in (
+            "prose",
+            "cjk",
+            "cyrillic",
+            "arabic",
+            "emoji",
+        ):  # prose here: the ASCII speed of the same minutes
+            found = self.measure("encode", 1, corpus=corpus, vocab_size=MAIN_VOCAB, pattern="gpt2", engines=FAST)
+            self.keep(f"script {corpus}", found)
+            self.show(corpus, found["warm"])
+
+    def threads(self) -> None:
+        for corpus in self.options.corpora:
+            found = self.measure("encode", 2, corpus=corpus, vocab_size=MAIN_VOCAB, pattern="gpt2", engines=FAST)
+            self.keep(f"threads {corpus}", found)
+            self.show(f"{corpus}, 2 threads", found["warm"])
+
+    def decode(self) -> None:
+        for corpus in ("prose", "multilingual"):
+            found = self.measure("decode", 1, corpus=corpus, vocab_size=MAIN_VOCAB, pattern="gpt2")
+            self.keep(f"decode {corpus}", found)
+            self.show(f"decode {corpus}", found["decode"])
+
+    def train(self) -> None:
+        for size in self.options.vocab:
+            if size > MAIN_VOCAB:
+                continue
+            found = self.measure("train", corpus="prose", vocab_size=size, engines=self.options.engines)
+            self.keep(f"train {size}", found)
+            self.show(f"train {size}", found["train"])
+
+    def memory(self) -> None:
+        folder = self.vocabulary_folder()
+        found: dict[str, Any] = {}
+        for task, engines in {
+            "encode": ("scratchlm", "gigatoken", "gigatoken encode_files"),
+            "train": ("scratchlm", "gigatoken"),
+        }.items():
+            for engine in engines:
+                job = {
+                    "corpus": "prose",
+                    "vocabulary": folder,
+                    "vocab_size": MAIN_VOCAB,
+                    "task": task,
+                    "engine": engine,
+                }
+                runs = [self.measure("memory", **job) for _ in range(3)]
+                peaks = sorted(run["peak_mb"] for run in runs)
+                found[f"{task} {engine}"] = {
+                    "peak_mb": peaks[1],
+                    "min": peaks[0],
+                    "max": peaks[2],
+                    "before_mb": runs[0]["before_mb"],
+                }
+                print(f"memory  {task} {engine}: {peaks[1]:.0f} MB beyond {runs[0]['before_mb']:.0f}")
+        self.keep("memory", found)
+
+    def hurt(self) -> None:
+        folder = self.vocabulary_folder()
+        found: dict[str, Any] = {}
+        for name in adversarial(1000):
+            for engine in ("scratchlm", "gigatoken", "tiktoken"):
+                if name == "random bytes" and engine == "tiktoken":
+                    continue  # takes str alone
+                job = {
+                    "input": name,
+                    "engine": engine,
+                    "vocabulary": folder,
+                    "megabytes": min(10.0, self.options.megabytes),
+                }
+                job["rounds"] = 3 if engine == "scratchlm" else 1
+                try:
+                    rate = self.measure("hurt", 1, timeout=30, **job)["mb_per_s"]
+                except subprocess.TimeoutExpired:
+                    rate = 0.0  # not done within 30 seconds
+                except SystemExit as error:
+                    rate = f"failed: {str(error).splitlines()[-1][:120]}"
+                found.setdefault(name, {})[engine] = rate
+            print(f"hurt    {name:<28}{found[name]}")
+        self.keep("hurt", {"mb_per_s": found})
+
+    def first(self) -> None:
+        """Whole processes, from start to end: nothing compiled before, and everything compiled before."""
+        folder = self.vocabulary_folder()
+        load = "from scratchlm.tokenizer import Tokenizer, train_bpe; from pathlib import Path\n"
+        load += f"tokenizer = Tokenizer.load({folder + '/tokenizer.json'!r})\n"
+        text = self.options.cache / "first-use.txt"
+        text.write_bytes(
+            (self.options.cache / f"prose-{self.options.megabytes:g}.bin")
+            .read_bytes()
+            .replace(b"\0", b"")[:4_000_000]
+        )
+        scripts = {
+            "import numpy": "import numpy",
+            "encode a line": load + "assert tokenizer.encode('Hello, it is 2026')",
+            "encode 4 MB": load + f"assert len(tokenizer.encode_array(Path({str(text)!r}).read_bytes()))",
+            "train 4 MB to 4096": f"from scratchlm.tokenizer import train_bpe\nassert train_bpe({str(text)!r}, 4096).merges",
+            "gigatoken: encode a line": f"import gigatoken; assert len(gigatoken.Tokenizer({folder + '/tokenizer.json'!r}).encode('Hello'))",
+        }
+        seconds: dict[str, list[float]] = {}
+
+        def run(name: str, script: str, environment: dict[str, str]) -> None:
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"first: {name}: {done.stderr[-1500:]}")
+            seconds.setdefault(name, []).append(round(time.perf_counter() - started, 3))
+
+        for script in scripts.values():  # compiles what was not, reads files into memory
+            run("", script, dict(os.environ))
+        del seconds[""]
+        for _ in range(self.options.rounds):
+            for name, script in scripts.items():
+                run(name, script, dict(os.environ))
+        for name in ("encode a line", "encode 4 MB", "train 4 MB to 4096"):
+            for _ in range(3):
+                with tempfile.TemporaryDirectory() as empty:
+                    run(f"{name}, nothing compiled", scripts[name], {**os.environ, "NUMBA_CACHE_DIR": empty})
+        found = {
+            name: {"seconds": statistics.median(times), "min": min(times), "max": max(times)}
+            for name, times in seconds.items()
+        }
+        for name, times in found.items():
+            print(f"first   {name:<44}{times['seconds']:7.2f} s  ({times['min']:.2f} to {times['max']:.2f})")
+        self.keep("first", {"processes": found})
+
+    def shards(self) -> None:
+        for workers in (1, 2):
+            found = self.measure("shards", workers, corpus="prose", vocab_size=MAIN_VOCAB, workers=workers)
+            self.keep(f"shards {workers}", found)
+            self.show(f"shards, {workers} workers (same bytes: {found['same_bytes']})", found["shards"])
+
+    # ---------------------------------------------------------------- helpers
+
+    def vocabulary_folder(self) -> str:
+        folders = sorted(
+            self.options.cache.glob(f"vocabulary-{MAIN_VOCAB}-gpt2-*"), key=lambda path: path.stat().st_mtime
+        )
+        if not folders:
+            raise SystemExit("no vocabulary yet: run with --only prepare first")
+        return str(folders[-1])
+
+    @staticmethod
+    def show(title: str, figures: dict[str, dict[str, float]]) -> None:
+        for name, row in figures.items():
+            print(
+                f"{title:<24}{name:<24}{row['mb_per_s']:9.1f} MB/s  {row['cores']:.2f} cores  ours is {row['times_ours']:.2f}x",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: text.split(",")  # noqa: E731
     parser.add_argument(
-        "--megabytes", type=float, default=4.0, help="how much text to encode; half of it is trained on"
+        "--only", type=names, default=list(PARTS), help=f"parts, comma-separated: {', '.join(PARTS)}"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    started = time.perf_counter()
-    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None  # by others
-    result = measure(arguments.megabytes, arguments.rounds)
-    for task in ("train", "encode"):
-        for name, figures in result[task].items():
-            for rival, times in figures["seconds"].items():
-                rate = figures.get("megabytes_per_second", {}).get(rival)
-                print(
-                    f"{task:<7}{name:<16}{rival:<22}{times['median']:8.3f} s  ({times['min']:.3f} to {times['max']:.3f})"
-                    + (f"  {rate:6.1f} MB/s" if rate else "")
-                )
-    print(
-        f"compiling the merge loop: {result['compile']['cold']} s once, {result['compile']['warm']} s from then on"
+    parser.add_argument("--corpora", type=names, default=["prose", "python", "multilingual"])
+    parser.add_argument(
+        "--vocab", type=lambda text: [int(size) for size in text.split(",")], default=[10_000, 32_000, 100_000]
     )
-    about = {
-        "benchmark": "tokenizer",
-        "command": f"python benchmarks/tokenizer.py --megabytes {arguments.megabytes:g} --rounds {arguments.rounds}",
-        "date": time.strftime("%Y-%m-%d"),
-        "text": f"standard library of Python {platform.python_version()}, without tests",
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "load": load},
-        "versions": {
-            name: version(name) for name in ("scratchlm", "regex", "numba", "numpy", "tiktoken", "tokenizers")
-        },
-        "wall_seconds": round(time.perf_counter() - started, 1),
-    }
-    print(json.dumps(about | result))
+    parser.add_argument("--engines", type=names, help="trainers to run, comma-separated (default: all installed)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=100.0, help="size of each corpus")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "scratchlm-tokenizer-benchmark")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs/results/tokenizer")
+    parser.add_argument(
+        "--chart", type=Path, default=None, help="picture to draw (default: tokenizer.svg in --out)"
+    )
+    options = parser.parse_args()
+    if unknown := set(options.only) - set(PARTS):
+        parser.error(f"--only: no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    for folder in (options.cache, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    runner = Runner(options)
+    runner.results["command"] = "python benchmarks/tokenizer.py"
+    for part in PARTS:
+        if part in options.only:
+            getattr(runner, part)()
+    ratios = tokenizer_report.write(runner.results, options.out, options.chart)
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":
