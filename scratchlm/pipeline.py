@@ -150,7 +150,7 @@ class Pipeline:
         seen = 0
         for document in self.corpus.documents("train"):
             yield document.text
-            seen += len(document.text.encode())
+            seen += len(document.utf8)
             if most is not None and seen >= most:
                 return
 

@@ -42,10 +42,17 @@ LARGE = 64 << 20  # bytes from which hashing is worth a progress bar
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: its name (stable across machines, the key of the split) and its text (never empty)."""
+    """One document: its name (stable across machines, the key of the split) and its text as valid UTF-8 (never empty).
+
+    Bytes, because that is what files hold and what the tokenizer reads: a str in between would only be made and unmade.
+    """
 
     name: str
-    text: str
+    utf8: bytes
+
+    @property
+    def text(self) -> str:
+        return self.utf8.decode("utf-8")
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
@@ -65,8 +72,8 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def decode(data: bytes | bytearray, config: CorpusConfig, where: str, offset: int = 0) -> str:
-    """UTF-8 `data` as text, following `config.encoding_errors`; "" for a document to skip.
+def valid_utf8(data: bytes, config: CorpusConfig, where: str, offset: int = 0) -> bytes:
+    """`data` if it is UTF-8, else what `config.encoding_errors` makes of it; b"" for a document to skip.
 
     Args:
         data: the document's bytes.
@@ -76,13 +83,16 @@ def decode(data: bytes | bytearray, config: CorpusConfig, where: str, offset: in
     Raises:
         UserError: the policy is ``strict`` and a byte is not UTF-8 (its position in the file is named).
     """
+    if data.isascii():  # at memory's pace
+        return data
     try:
-        return data.decode("utf-8")
+        data.decode("utf-8")
+        return data
     except UnicodeDecodeError as error:
         if config.encoding_errors == "replace":
-            return data.decode("utf-8", errors="replace")
+            return data.decode("utf-8", errors="replace").encode("utf-8")
         if config.encoding_errors == "skip":
-            return ""
+            return b""
         raise UserError(
             f"{where}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, or set "
             "corpus.encoding_errors to replace or skip"
@@ -104,7 +114,7 @@ class Corpus(ABC):
         if split not in SPLITS:
             raise UserError(f"split {split!r} is unknown; a corpus has: {', '.join(SPLITS)}")
         separate = self.has_own_validation()
-        stream = (document for document in self.stream(split if separate else "train") if document.text)
+        stream = (document for document in self.stream(split if separate else "train") if document.utf8)
         found = False
         for document in itertools.islice(stream, self.config.max_documents):
             if separate or is_held_out(document.name, self.config.validation_fraction) == (split == "validation"):
@@ -129,7 +139,7 @@ class Corpus(ABC):
     def bytes_of(self, split: Split) -> Iterator[bytes]:
         """The documents of `split` as UTF-8 bytes, e.g. for a compressor to measure itself on."""
         for document in self.documents(split):
-            yield document.text.encode("utf-8")
+            yield document.utf8
 
     @abstractmethod
     def describe(self) -> str:
@@ -141,7 +151,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def stream(self, split: Split) -> Iterator[Document]:
-        """Every document of the training or of the validation text, before any are held out (text may be "")."""
+        """Every document of the training or of the validation text, before any are held out (text may be empty)."""
 
     @abstractmethod
     def fingerprint(self, show_progress: bool = True) -> str:
@@ -192,8 +202,8 @@ class FileCorpus(Corpus):
         return {"train": named(training), "validation": named(held_out)}
 
     @abstractmethod
-    def read(self, path: Path) -> Iterator[str]:
-        """The texts in one file, in order; "" for one to leave out (it keeps its number)."""
+    def read(self, path: Path) -> Iterator[bytes]:
+        """The texts in one file as UTF-8, in order; b"" for one to leave out (it keeps its number)."""
 
     def one_per_file(self) -> bool:
         """Whether a file is a document, and its name the document's name."""

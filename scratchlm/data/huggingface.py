@@ -104,7 +104,7 @@ class HuggingFaceCorpus(Corpus):
                         f"dataset {self.config.dataset}, row {number}: column {self.config.text_field!r} holds a "
                         f"{type(text).__name__}, not text; set corpus.text_field"
                     )
-                yield Document(f"{name}#{number}", text or "")
+                yield Document(f"{name}#{number}", (text or "").encode("utf-8"))
                 number += 1
 
     def fingerprint(self, show_progress: bool = True) -> str:
@@ -115,9 +115,9 @@ class HuggingFaceCorpus(Corpus):
                 description="hash corpus", total=self.total_bytes(), bytes_=True, show=show_progress
             ) as bar:
                 for split in splits:
-                    documents = (document for document in self.stream(split) if document.text)
+                    documents = (document for document in self.stream(split) if document.utf8)
                     for document in itertools.islice(documents, self.config.max_documents):
-                        data = document.text.encode("utf-8")
+                        data = document.utf8
                         digest.update(f"{document.name} {len(data)} ".encode())
                         digest.update(data)
                         bar.update(len(data))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from scratchlm.data.corpus import FileCorpus, decode
+from scratchlm.data.corpus import FileCorpus, valid_utf8
 from scratchlm.data.text import open_bytes
 from scratchlm.errors import UserError
 
@@ -20,15 +20,15 @@ class JsonlCorpus(FileCorpus):
 
     fields = ("text_field",)
 
-    def read(self, path: Path) -> Iterator[str]:
+    def read(self, path: Path) -> Iterator[bytes]:
         offset = 0
         with open_bytes(path) as file:
             for number, line in enumerate(file, start=1):
-                yield self._text(line, f"{path}, line {number}", offset)
+                yield self._text(line, f"{path}, line {number}", offset).encode("utf-8")
                 offset += len(line)
 
     def _text(self, line: bytes, where: str, offset: int) -> str:
-        content = decode(line, self.config, where, offset).strip("\ufeff \t\r\n")
+        content = valid_utf8(line, self.config, where, offset).decode("utf-8").strip("\ufeff \t\r\n")
         if not content:
             return ""
         try:

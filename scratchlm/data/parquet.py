@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scratchlm.data.corpus import SPLITS, FileCorpus, decode
+from scratchlm.data.corpus import SPLITS, FileCorpus, valid_utf8
 from scratchlm.errors import UserError
 
 ROWS = 1024  # at a time
@@ -40,7 +40,7 @@ class ParquetCorpus(FileCorpus):
                 f"{path}: cannot be read as Parquet ({error}); it may be cut off or of another kind"
             ) from error
 
-    def read(self, path: Path) -> Iterator[str]:
+    def read(self, path: Path) -> Iterator[bytes]:
         arrow, name = self._arrow, self.config.text_field
         with self._open(path) as file:
             schema = file.schema_arrow
@@ -59,7 +59,7 @@ class ParquetCorpus(FileCorpus):
                 for batch in file.iter_batches(batch_size=ROWS, columns=[name], use_threads=False):
                     # As bytes: Parquet does not promise that its strings are UTF-8.
                     for data in batch.column(0).cast(kind).cast(arrow.large_binary()).to_pylist():
-                        yield "" if data is None else decode(data, self.config, f"{path}, row {row}")
+                        yield b"" if data is None else valid_utf8(data, self.config, f"{path}, row {row}")
                         row += 1
             except (arrow.ArrowException, OSError) as error:
                 raise UserError(

@@ -222,7 +222,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[bytes]]:
     chunk: list[bytes] = []
     size = 0
     for document in documents:
-        chunk.append(document.text.encode("utf-8"))
+        chunk.append(document.utf8)
         size += len(chunk[-1])
         if size >= CHUNK_BYTES:
             yield chunk

@@ -8,7 +8,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from scratchlm.data.corpus import FileCorpus, Split, decode
+from scratchlm.data.corpus import FileCorpus, Split, valid_utf8
 from scratchlm.errors import UserError
 
 # Tests are repetitive and partly broken on purpose; the others are not the library, or not text someone wrote.
@@ -52,7 +52,7 @@ class StdlibCorpus(FileCorpus):
     def describe(self) -> str:
         return "corpus python-stdlib"
 
-    def read(self, path: Path) -> Iterator[str]:
+    def read(self, path: Path) -> Iterator[bytes]:
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -60,8 +60,8 @@ class StdlibCorpus(FileCorpus):
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
             if not encoding.startswith("utf-8"):  # utf-8-sig: a byte order mark stays, as the bytes have it
-                yield data.decode(encoding)
+                yield data.decode(encoding).encode("utf-8")
                 return
         except (SyntaxError, UnicodeDecodeError, LookupError):
             pass  # no usable declaration: UTF-8, or the policy for what is not
-        yield decode(data, self.config, str(path))
+        yield valid_utf8(data, self.config, str(path))

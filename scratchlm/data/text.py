@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from scratchlm.data.corpus import FileCorpus, decode
+from scratchlm.data.corpus import FileCorpus, valid_utf8
 from scratchlm.errors import UserError
 
 BLOCK = 1 << 20
@@ -75,27 +75,30 @@ class _Zstandard(io.RawIOBase):
         return size
 
 
-def split_blocks(blocks: Iterable[bytes], separator: bytes) -> Iterator[tuple[int, bytearray]]:
+def split_blocks(blocks: Iterable[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
     """``b"".join(blocks).split(separator)`` without ever joining: yields (byte offset, piece).
 
-    Only the piece being read is in memory. Each byte is searched once, however long a piece grows. With an empty
-    separator the whole is one piece.
+    Only a block and the piece being read are in memory. Each byte is searched once, however long a piece grows. With an
+    empty separator the whole is one piece.
     """
-    buffer = bytearray()
-    offset = 0  # of buffer[0] in the whole
-    searched = 0  # no separator begins before this place in the buffer
+    begun: list[bytes] = []  # what is known of the piece being read, without …
+    edge = b""  # … its last bytes, with which a separator may begin that the next block ends
+    offset = 0  # of the piece being read, in the whole
     for block in blocks:
-        buffer += block
         if not separator:
+            begun.append(block)
             continue
-        begin = 0
-        while (end := buffer.find(separator, max(begin, searched))) >= 0:
-            yield offset + begin, buffer[begin:end]
-            begin = end + len(separator)
-        del buffer[:begin]
-        offset += begin
-        searched = max(0, len(buffer) - len(separator) + 1)  # one may straddle the border to the next block
-    yield offset, buffer
+        *ended, rest = (edge + block).split(separator)
+        for piece in ended:
+            if begun:
+                piece = b"".join((*begun, piece))
+                begun.clear()
+            yield offset, piece
+            offset += len(piece) + len(separator)
+        keep = min(len(separator) - 1, len(rest))
+        begun.append(rest[: len(rest) - keep])
+        edge = rest[len(rest) - keep :]
+    yield offset, b"".join((*begun, edge))
 
 
 class TextCorpus(FileCorpus):
@@ -110,8 +113,8 @@ class TextCorpus(FileCorpus):
     def one_per_file(self) -> bool:
         return not self.config.separator
 
-    def read(self, path: Path) -> Iterator[str]:
+    def read(self, path: Path) -> Iterator[bytes]:
         with open_bytes(path) as file:
             blocks = iter(lambda: file.read(BLOCK), b"")
             for offset, piece in split_blocks(blocks, self.config.separator.encode("utf-8")):
-                yield decode(piece, self.config, str(path), offset)
+                yield valid_utf8(piece, self.config, str(path), offset)

@@ -1,14 +1,24 @@
-"""Tokenising: text goes out to processes in chunks, ids come back in the same order."""
+"""Tokenising: documents go out in chunks to threads or processes, ids come back in the same order.
+
+    documents ─► chunk 0 ─► thread 1: ids 0, counts 0 ─┐
+                 chunk 1 ─► thread 2: ids 1, counts 1 ─┼─► in order: a stream of ids, each document's followed by the separator
+                 chunk 2 ─► whoever is free            ─┘
+
+Where the tokenizer works in compiled code that lets go of Python's lock, workers are threads: nothing is copied between
+processes, and they share one table of merges. Otherwise (a pattern that only `regex` can match) they are processes.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scratchlm.processes import Workers
+from scratchlm.processes import IN_FLIGHT, Workers
 
 if TYPE_CHECKING:
     from scratchlm.tokenizer import Tokenizer
@@ -40,18 +50,17 @@ class Encoder:
     def __call__(self, documents: list[bytes]) -> Encoded:
         dtype = np.dtype(self.dtype).newbyteorder("<")
         separator = np.array([self.separator_id], dtype=dtype)
-        parts = []
-        counts = np.empty(len(documents), dtype=np.int64)
-        for index, document in enumerate(documents):
-            ids = self.tokenizer.encode_array(document, allowed_special=())
-            parts += [ids.astype(dtype, copy=False), separator]
-            counts[index] = len(ids) + 1
-        sizes = np.array([len(document) for document in documents], dtype=np.int64)
-        return Encoded(np.concatenate(parts), counts, sizes)
+        arrays = self.tokenizer.encode_batch(documents, threads=1, allowed_special=())
+        counts = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays)) + 1
+        sizes = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        pieces = [separator] * (2 * len(arrays))
+        pieces[::2] = arrays
+        ids = np.concatenate(pieces, out=np.empty(int(counts.sum()), dtype=dtype), casting="same_kind")
+        return Encoded(ids, counts, sizes)
 
 
 def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) -> Generator[Encoded, None, None]:
-    """Encode `chunks`, in their order, in `workers` processes (1: in this one).
+    """Encode `chunks`, in their order, in `workers` threads or processes (1: in this thread).
 
     Only a few chunks per worker are held in memory (`processes.IN_FLIGHT`).
 
@@ -62,6 +71,9 @@ def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) ->
     if workers == 1:
         yield from map(encoder, chunks)
         return
+    if getattr(encoder.tokenizer, "releases_lock", False):
+        yield from _in_threads(encoder, chunks, workers)
+        return
     with Workers(
         Encoder,
         (encoder.tokenizer, encoder.separator_id, encoder.dtype),
@@ -69,3 +81,17 @@ def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) ->
         advice="run again to go on from the last finished shard, with a smaller data.workers if it happens again",
     ) as pool:
         yield from pool.map(chunks)
+
+
+def _in_threads(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) -> Generator[Encoded, None, None]:
+    pending: deque[Future[Encoded]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(encoder, chunk))
+            if len(pending) >= IN_FLIGHT * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -59,9 +59,9 @@ def tokenise(
     with tempfile.TemporaryFile() as file:
         with progress(description="tokenise", total=corpus.total_bytes(), bytes_=True, show=show_progress) as bar:
             for document in corpus.documents("train"):
-                ids = tokenizer.encode_array(document.text, allowed_special=())
+                ids = tokenizer.encode_array(document.utf8, allowed_special=())
                 file.write(ids.astype(tokenizer.dtype, copy=False).tobytes() + end)
-                size = len(document.text.encode("utf-8"))
+                size = len(document.utf8)
                 documents, text_bytes = documents + 1, text_bytes + size
                 bar.update(size)
         file.flush()

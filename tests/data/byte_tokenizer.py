@@ -17,6 +17,9 @@ class ByteTokenizer:
     def encode_array(self, data, allowed_special=()):
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
+    def encode_batch(self, texts, threads=None, *, allowed_special=()):
+        return [self.encode_array(text, allowed_special) for text in texts]
+
 
 class FailingTokenizer(ByteTokenizer):
     """Raises `error` for a document that contains ``poison``."""

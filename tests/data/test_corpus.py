@@ -85,7 +85,7 @@ def test_empty_separator_makes_files_documents(tmp_path):
         (tmp_path / name).write_text(content)
     config = text_config(tmp_path / "**" / "*.txt", separator="")
     found = list(open_corpus(config).documents("train"))
-    assert found == [Document("a/c.txt", f"C{SEPARATOR}C"), Document("b.txt", "B\n")]
+    assert found == [Document("a/c.txt", f"C{SEPARATOR}C".encode()), Document("b.txt", b"B\n")]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
