@@ -33,7 +33,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("tokenizers:train", "train a byte-level BPE tokenizer on text"),
     "tokenizer encode": ("tokenizers:encode", "text → token ids"),
     "tokenizer decode": ("tokenizers:decode", "token ids → text"),
-    "tokenizer inspect": ("tokenizers:inspect", "what a tokenizer has learnt, and how it cuts a text"),
+    "tokenizer inspect": (
+        "tokenizer_tools:inspect",
+        "what a tokenizer has learnt, how it cuts a text and merges a word",
+    ),
+    "tokenizer compare": ("tokenizer_tools:compare", "tokenizers and engines side by side on your own text"),
+    "tokenizer convert": ("tokenizer_tools:convert", "between tokenizer.json, tiktoken's and GPT-2's files"),
     "data prepare": ("recipes:data_prepare", "the first steps of a recipe: tokenizer and token shards"),
     "train": ("recipes:train", "the steps of a recipe up to the trained model"),
     "evaluate": (

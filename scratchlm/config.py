@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from scratchlm.errors import UserError
 from scratchlm.files import write_text
@@ -20,6 +20,7 @@ from scratchlm.model import presets
 from scratchlm.model.config import ModelConfig
 from scratchlm.processes import MAX_WORKERS
 from scratchlm.section import Section, validate
+from scratchlm.sizes import parse_bytes
 
 DEVICE: Any = Field(
     default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda[:n]."
@@ -42,6 +43,18 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Fitted = Annotated[int, Field(ge=1)] | Literal["auto"]
 """A number, or what fits the device's memory."""
+
+
+def _size(text: str) -> str:
+    try:
+        parse_bytes(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+"""Bytes, as :func:`scratchlm.sizes.parse_bytes` reads them."""
 
 
 class TokenizerConfig(Section):
@@ -242,9 +255,8 @@ class TrainConfig(Section):
         description="Micro-batches a batch is split into; auto: the fewest that fit. A number beside an auto decides; 1 "
         "leaves it to micro_batch, if that is set.",
     )
-    memory_limit: str | None = Field(
+    memory_limit: Size | None = Field(
         default=None,
-        pattern=r"^\d{1,15}(\.\d+)?( ?([kMGT]i?)?B)?$",
         description="Bytes that auto may plan with, weights included, such as 8GB or 512MiB; None: what is free.",
     )
     loader: Literal["epoch", "random"] = Field(

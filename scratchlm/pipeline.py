@@ -237,10 +237,10 @@ class Pipeline:
         from scratchlm.data.prefetch import Prefetcher
         from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
+        from scratchlm.resources.plan import plan_of
+        from scratchlm.resources.utilisation import mfu_on
         from scratchlm.train.batch_warmup import GrowingBatches
         from scratchlm.train.checkpoint import checkpoints
-        from scratchlm.train.fitting import plan_of
-        from scratchlm.train.live import mfu_on
         from scratchlm.train.loop import Trainer
         from scratchlm.train.loss import NextTokenLoss
         from scratchlm.train.trackers import Trackers

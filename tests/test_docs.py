@@ -22,6 +22,7 @@ from scratchlm.commands import (
     models,
     profiling,
     resources,
+    tokenizer_tools,
     tokenizers,
     trained,
 )
@@ -40,7 +41,9 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "tokenizer train": tokenizers.TrainArguments,
     "tokenizer encode": tokenizers.EncodeArguments,
     "tokenizer decode": tokenizers.DecodeArguments,
-    "tokenizer inspect": tokenizers.InspectArguments,
+    "tokenizer inspect": tokenizer_tools.InspectArguments,
+    "tokenizer compare": tokenizer_tools.CompareArguments,
+    "tokenizer convert": tokenizer_tools.ConvertArguments,
     "evaluate": trained.EvaluateArguments,
     "generate": trained.GenerateArguments,
     "import": interop.ImportArguments,
@@ -60,6 +63,8 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
 FLAGS = {
     **{name: {"fresh", "model.preset"} for name in ("run", "train", "data prepare")},
     "model shape": {"json"},
+    "tokenizer inspect": {"json"},
+    "tokenizer compare": {"json"},
     "resources": {"json", "model.preset"},
     "resources devices": {"json", "sources"},
     "resources measure": {"json", "quick"},

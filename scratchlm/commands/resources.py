@@ -18,6 +18,7 @@ from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import disk_errors, expanded
 from scratchlm.model import presets
+from scratchlm.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from scratchlm.resources.devices import Device
@@ -28,8 +29,6 @@ USAGE = "scratchlm resources RECIPE.toml|PRESET [--device NAME] [--html FILE] [-
 MEASURE = "`scratchlm resources measure`"
 
 _HERE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e(\d+))?\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class ResourcesArguments(Recipe):
@@ -43,13 +42,15 @@ class ResourcesArguments(Recipe):
         description="One of `scratchlm resources devices`, such as h100; auto, cpu, mps, cuda[:n]: of this machine.",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="Of the products; auto: the recipe's precision, or what the device is good at."
+        default="auto",
+        description="bf16 or fp32, of the products; auto: the recipe's precision, or what the device is good at.",
     )
     micro_batch: int | None = Field(
         default=None, ge=1, description="Sequences at once, a divisor of train.batch-size; None: as the recipe."
     )
     compile: Literal["auto", "on", "off"] | None = Field(
-        default=None, description="Whether passes between products are fused; None: the recipe's train.compile."
+        default=None,
+        description="on, off or auto: whether passes between products are fused; None: the recipe's train.compile.",
     )
     memory: str | None = Field(default=None, description="Of the device, such as 80GB or 24GiB; None: its own.")
     price: float | None = Field(
@@ -65,7 +66,8 @@ def resources(arguments: list[str]) -> None:
     if not rest:
         raise UserError(f"which recipe? usage: {USAGE}")
     if rest[0] in ("-h", "--help"):
-        parse(ResourcesArguments, ["--help"], prog=USAGE)
+        write(_overview())
+        return
     if rest[0].startswith("-"):
         raise UserError(f"name the recipe first: {USAGE}")
     what, *rest = rest
@@ -73,7 +75,7 @@ def resources(arguments: list[str]) -> None:
     fields = {name: getattr(given, name) for name in Recipe.model_fields}
     options = parse(ResourcesArguments, rest, prog=USAGE, default=ResourcesArguments(**fields))
     known = None if _HERE.fullmatch(options.device) else _find(options.device)
-    memory = None if options.memory is None else parse_size(options.memory)
+    memory = None if options.memory is None else parse_bytes(options.memory)
     parts = _accumulation(options)
     page = None if options.html is None else _page_path(options.html)
     names = [name for name in fields if name != "device"]
@@ -113,6 +115,35 @@ def resources(arguments: list[str]) -> None:
         print(line, file=sys.stderr) if as_json else say(line)
 
 
+def _overview() -> str:
+    """What the command takes besides a recipe's fields, and the commands below it."""
+    from scratchlm.cli import COMMANDS
+
+    own = {
+        name: field for name, field in ResourcesArguments.model_fields.items() if name not in Recipe.model_fields
+    }
+    options = {"device": ResourcesArguments.model_fields["device"], **own}
+    lines = [f"  --{name.replace('_', '-'):<13} {field.description}" for name, field in options.items()]
+    lines.append(f"  --{'json':<13} Print it all as JSON.")
+    below = [f"  {name:<20} {text}" for name, (_, text) in COMMANDS.items() if name.startswith("resources ")]
+    return "\n".join(
+        [
+            f"usage: {USAGE}",
+            "",
+            "What a recipe (or a preset's model) needs, before anything runs: parameters, FLOPs, memory, time, money.",
+            "",
+            *lines,
+            "  --field value   Any field of the recipe, such as --model.layers 24 or --train.batch-size 64.",
+            "",
+            *below,
+            "",
+            "for example: scratchlm resources gpt2-xl --device h100 --dtype bf16",
+            "`scratchlm resources RECIPE --help` lists every field; `scratchlm model list` the presets.",
+            "",
+        ]
+    )
+
+
 def recipe_of(what: str, preset: str | None = None) -> Recipe:
     """The recipe in a file, or one with a preset's model and everything else at its defaults.
 
@@ -134,26 +165,6 @@ def _find(name: str) -> Device:
     from scratchlm.resources.devices import find
 
     return find(name)
-
-
-def parse_size(text: str) -> float:
-    """Bytes: ``80GB``, ``24 GiB``, ``8e10``.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or len(text) > 40:
-        raise UserError(f"--memory {text[:40]!r} is no size; write 80GB, 24GiB or a number of bytes")
-    number, exponent, prefix, binary = match.groups()
-    size = (
-        float(number)
-        * 10.0 ** min(int(exponent or 0), 30)
-        * (1024 if binary else 1000) ** _POWERS[(prefix or "").lower()]
-    )
-    if not size:
-        raise UserError(f"--memory {text!r}: nothing fits in that; write 80GB, 24GiB or a number of bytes")
-    return size
 
 
 def _accumulation(options: ResourcesArguments) -> int | None:

@@ -1,4 +1,4 @@
-"""``scratchlm tokenizer train | encode | decode | inspect``."""
+"""``scratchlm tokenizer train | encode | decode``; looking and converting are in `tokenizer_tools.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tyro
@@ -18,12 +18,11 @@ from scratchlm.errors import UserError
 from scratchlm.files import atomic_path, write_bytes
 from scratchlm.section import Section
 
-if TYPE_CHECKING:
-    from scratchlm.tokenizer import Tokenizer
-
-
-_TOKENIZER = Field(description="A tokenizer.json, a run's folder, or a folder with vocab.json and merges.txt.")
-_OVERWRITE = Field(default=False, description="Replace an existing file.")
+TOKENIZER = Field(
+    description="A tokenizer.json, a run's folder, a folder with vocab.json and merges.txt, or a rank file whose name is known "
+    "(cl100k_base.tiktoken)."
+)
+OVERWRITE = Field(default=False, description="Replace an existing file.")
 
 
 class TrainArguments(Section):
@@ -44,7 +43,7 @@ class TrainArguments(Section):
     min_frequency: int = Field(default=1, ge=1, description="Pairs seen less often are not merged.")
     separator: str = Field(default="<|endoftext|>", description="Splits a text file into documents.")
     text_field: str = Field(default="text", description="Field or column of the text (JSON lines, parquet).")
-    overwrite: bool = _OVERWRITE
+    overwrite: bool = OVERWRITE
 
 
 def train(arguments: list[str]) -> None:
@@ -79,28 +78,15 @@ def train(arguments: list[str]) -> None:
     say(f"{', '.join(map(str, written))}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.merges):,} merges")
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer from a tokenizer.json, a run's folder, or a folder with GPT-2's vocab.json and merges.txt.
-
-    Raises:
-        UserError: there is none.
-    """
-    from scratchlm.tokenizer import Tokenizer
-
-    if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
-        return Tokenizer.from_files(path / "vocab.json", path / "merges.txt", ["<|endoftext|>"])
-    return Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
-
-
 class EncodeArguments(Section):
     """Text to token ids, in bounded memory where they are printed."""
 
-    tokenizer: tyro.conf.Positional[Path] = _TOKENIZER
+    tokenizer: tyro.conf.Positional[Path] = TOKENIZER
     file: tyro.conf.Positional[str] = Field(default="-", description='UTF-8 text; "-": standard input.')
     out: Path | None = Field(
         default=None, description="Write the ids as a NumPy array (.npy); None: print them, separated by spaces."
     )
-    overwrite: bool = _OVERWRITE
+    overwrite: bool = OVERWRITE
 
 
 def encode(arguments: list[str]) -> None:
@@ -108,8 +94,9 @@ def encode(arguments: list[str]) -> None:
     options = parse(EncodeArguments, arguments, prog="scratchlm tokenizer encode")
     file, out = options.file, options.out
     from scratchlm.progress import progress
+    from scratchlm.tokenizer import Tokenizer
 
-    loaded = load_tokenizer(options.tokenizer)
+    loaded = Tokenizer.load(options.tokenizer)
     refuse_existing(out, options.overwrite)
     size = Path(file).stat().st_size if file != "-" and Path(file).is_file() else None
     with progress(description="encode", total=size, bytes_=True, show=out is not None) as bar:
@@ -164,20 +151,22 @@ def utf8_chunks(file: str, bar: Any = None, size: int = 1 << 16) -> Iterator[str
 class DecodeArguments(Section):
     """Token ids to text; bytes that are no UTF-8 become U+FFFD on the screen and stay as they are in a file."""
 
-    tokenizer: tyro.conf.Positional[Path] = _TOKENIZER
+    tokenizer: tyro.conf.Positional[Path] = TOKENIZER
     file: tyro.conf.Positional[str] = Field(
         default="-",
         description='Ids as a NumPy array (.npy) or as numbers between white space; "-": standard input.',
     )
     out: Path | None = Field(default=None, description="The file to write; None: print.")
-    overwrite: bool = _OVERWRITE
+    overwrite: bool = OVERWRITE
 
 
 def decode(arguments: list[str]) -> None:
     """``scratchlm tokenizer decode TOKENIZER [FILE]``"""
     options = parse(DecodeArguments, arguments, prog="scratchlm tokenizer decode")
     file, out = options.file, options.out
-    loaded = load_tokenizer(options.tokenizer)
+    from scratchlm.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(options.tokenizer)
     refuse_existing(out, options.overwrite)
     data = loaded.decode_bytes(_read_ids(file))
     if out is None:
@@ -207,21 +196,3 @@ def _read_ids(file: str) -> list[int]:
     if wrong is not None:
         raise UserError(f"{file}: {wrong[:40]!r} is no token id; ids are whole numbers separated by white space")
     return [int(word) for word in words]
-
-
-class InspectArguments(Section):
-    """Show what a tokenizer has learnt, and how it cuts a text."""
-
-    tokenizer: tyro.conf.Positional[Path] = _TOKENIZER
-    text: str | None = Field(default=None, description="Show how this text is cut into tokens.")
-
-
-def inspect(arguments: list[str]) -> None:
-    """``scratchlm tokenizer inspect TOKENIZER``"""
-    options = parse(InspectArguments, arguments, prog="scratchlm tokenizer inspect")
-    from rich.console import Console
-
-    from scratchlm.tokenizer import inspect as inspection
-
-    found = inspection.inspect(load_tokenizer(options.tokenizer), options.text)
-    Console(file=sys.stdout).print(inspection.render(found))

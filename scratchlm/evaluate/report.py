@@ -20,6 +20,7 @@ from scratchlm.evaluate.metrics import Evaluation
 from scratchlm.evaluate.plots import Layout, Theme, loss_figure, png_bytes
 from scratchlm.evaluate.samples import read_samples
 from scratchlm.files import read_json, write_text
+from scratchlm.pages import page_templates
 from scratchlm.train.metrics import read_metrics
 
 _PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -194,19 +195,10 @@ def _facts(folder: Path, parameters: int | None) -> dict[str, Any]:
 
 def render_report(run_folder: str | os.PathLike[str], parameters: int | None = None) -> str:
     """The report's HTML. Arguments and errors are those of :func:`write_report`."""
-    import jinja2
-
     folder = Path(run_folder)
     if not folder.is_dir():
         raise UserError(f"run folder {folder} does not exist; scratchlm run makes one")
-    # autoescape: samples and recipes are text from elsewhere and may hold markup.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scratchlm.evaluate", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates("scratchlm.evaluate")
     environment.filters.update(decimals=decimals, duration=duration, amount=amount)
     return environment.get_template("report.html").render(_facts(folder, parameters))
 

@@ -18,11 +18,12 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
         name, precision, micro_batch, accumulation, length, steps, tokens    what is trained
         params, active_params, embedding_params                              numbers
         flops_per_token      forward, backward (traced), model (the formula: 3 × the products of a forward pass), six_n
-        components           [path, copies, params, forward, backward, kept]: FLOPs per token, bytes kept for the backward pass
+        components           [path, copies, params, active, weights, gradients, state, forward, backward, kept]: numbers, bytes
+                             of them, FLOPs per token, bytes kept for the backward pass
         operations           [phase, component, name, calls, flops, moved, intensity, seconds, flops_per_second, bound] of one
                              micro-batch, costliest first; the last three but one are None without a machine
         memory               peak, moment, at_peak (kind → bytes), by_component (activations and temporaries at the peak),
-                             timeline: phases (the phase of every operation) and live (bytes at it)
+                             timeline: phases (the phase of every operation), live (bytes at it) and by_kind (kind → bytes)
         micro_batches        fixed_bytes + bytes_per_sequence · sequences; largest: None without a device's memory
         cache                bytes_per_token, bytes_bounded (per sequence, of windows and states)
         savings              change → peak bytes with it
@@ -62,6 +63,7 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
             "timeline": {
                 "phases": [phase for phase, _ in e.memory.timeline],
                 "live": [live for _, live in e.memory.timeline],
+                "by_kind": dict(e.memory.by_kind),
             },
         },
         "micro_batches": {

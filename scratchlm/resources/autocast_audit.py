@@ -13,13 +13,11 @@ What one kernel does inside (fused attention, RMSNorm, fused AdamW) is not seen,
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +34,7 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.model.shape import count
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import Optimizers, build_optimizers, clip_grad_norm, lr_multiplier
+from scratchlm.resources.places import Places
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import Precision, autocast
 
@@ -154,53 +153,8 @@ def everywhere(place: str) -> str:
 # --- the watcher -------------------------------------------------------------------------------------------------
 
 
-class _Places:
-    """Where the step is: by the module that runs, and in the backward pass by the module that made the node.
-
-    Autograd numbers its nodes as they are made. Whenever the place changes, the next number is noted; so a node's number tells
-    where it was made.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.now = OUTSIDE
-        self._around: list[str] = []
-        self._numbers: list[int] = []
-        self._made_at: list[str] = []
-        self._owner = {parameter: name.rpartition(".")[0] for name, parameter in model.named_parameters()}
-        self._hooks = []
-        for name, module in model.named_modules():
-            if name:
-                self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
-                self._hooks.append(module.register_forward_hook(lambda *_: self.leave()))
-        self._note()
-
-    def enter(self, place: str) -> None:
-        self._around.append(self.now)
-        self.now = place
-        self._note()
-
-    def leave(self) -> None:
-        self.now = self._around.pop()
-        self._note()
-
-    @contextlib.contextmanager
-    def inside(self, place: str) -> Iterator[None]:
-        """Everything in this block belongs to `place`."""
-        self.enter(place)
-        try:
-            yield
-        finally:
-            self.leave()
-
-    def _note(self) -> None:
-        self._numbers.append(torch.autograd._get_sequence_nr())
-        self._made_at.append(self.now)
-
-    def made_at(self, node: Any) -> str:
-        """Where a node of the graph was made; of one that takes up a parameter's gradient, whose parameter that is."""
-        if hasattr(node, "variable"):
-            return self._owner.get(node.variable, OUTSIDE)
-        return self._made_at[bisect.bisect_right(self._numbers, node._sequence_nr()) - 1]
+class _Places(Places):
+    """In the backward pass `now` jumps to where the running node was made."""
 
     def follow_backward(self, loss: Tensor) -> None:
         """From now on every node of the graph says where it was made, just before it runs."""
@@ -215,10 +169,6 @@ class _Places:
 
     def _jump(self, place: str, *_: Any) -> None:
         self.now = place
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 class _Watcher(TorchDispatchMode):
@@ -309,7 +259,7 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         model = Transformer(config, seed=recipe.seed)
         optimizers = build_optimizers(model, recipe.optim)
         batch = _random_batch(config.vocab_size, sequences, length, recipe)
-        places = _Places(model)
+        places = _Places(model, OUTSIDE)
         options = {"z_loss": recipe.train.z_loss, "mtp_weight": recipe.train.mtp_weight}
         loss = _WatchedLoss(model, recipe.train.loss_kernel, places=places, **options)
         try:

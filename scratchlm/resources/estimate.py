@@ -156,10 +156,13 @@ def model_of(recipe: Recipe) -> ModelConfig:
     return recipe.model.model_copy(update={"vocab_size": vocabulary(recipe)})
 
 
+HEAD = "head and loss"
+
+
 def collapsed(path: str) -> str:
     """A module's path with ``*`` for numbers; what no module did is the head's and the loss's."""
     place = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-    return "head and loss" if place in ("", "head") else place
+    return HEAD if place in ("", "head") else place
 
 
 def estimate(

@@ -16,6 +16,7 @@ import numpy as np
 
 from scratchlm.files import write_text
 from scratchlm.model.draw.style import COLOURS, HUES, dress, legend, new_figure
+from scratchlm.pages import page_templates
 from scratchlm.resources import tables
 from scratchlm.resources.tables import Target, seconds, si
 
@@ -262,16 +263,7 @@ def render_page(estimate: Estimate, target: Target) -> str:
         estimate: from :func:`scratchlm.resources.estimate.estimate`.
         target: what it was made for.
     """
-    import jinja2
-
-    # autoescape: names are text from elsewhere and may hold markup.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scratchlm.resources", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates("scratchlm.resources")
     roofline = roofline_figure(estimate, target)
     return environment.get_template("resources.html").render(
         name=estimate.name,

@@ -24,6 +24,7 @@ from scratchlm.evaluate.environment import describe_environment
 from scratchlm.files import atomic_directory, disk_errors, expanded, new_folder, write_bytes, write_json
 from scratchlm.model.transformer import Transformer
 from scratchlm.resources import profile_memory as memory
+from scratchlm.resources.plan import plan_of
 from scratchlm.resources.profile_data import material, open_loader
 from scratchlm.resources.profile_table import (
     PHASE,
@@ -45,7 +46,6 @@ from scratchlm.resources.profile_timing import (
     TimedLoader,
     phase_ranges,
 )
-from scratchlm.train.fitting import plan_of
 from scratchlm.train.loop import Loader
 from scratchlm.train.precision import choose_device
 

@@ -18,11 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scratchlm.optim import build_optimizers
 from scratchlm.train.loop import Loader, Trainer
-from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
+from scratchlm.train.precision import Decision, choose_compile, choose_precision
 
 PHASES = ("loader", "other", "forward", "backward", "optimizer")
 """Waiting for a batch; what stands between (splitting it, counting targets, forgetting gradients); the batch to the device,
@@ -197,19 +196,8 @@ class SteppingTrainer(Trainer):
         self.state.step += 1
         return seconds, tokens
 
-    def _gradients(self, micro_batches: list[Any], tokens: int) -> Tensor:
-        """As the loop does it, with a word to the clock."""
-        total = torch.zeros((), device=self.device)
-        self.optimizers.zero_grad()
-        for batch in micro_batches:
-            self.clock.enter("forward")
-            with autocast(self.state.precision, self.device):
-                loss = self.loss(batch.to(self.device))
-            self.clock.enter("backward")
-            (loss / max(tokens, 1)).backward()
-            total += loss.detach()
-        self.clock.enter("optimizer")
-        return total
+    def _begins(self, phase: str) -> None:
+        self.clock.enter(phase)
 
     def _record(self, record: dict[str, Any]) -> None:
         """There are no metrics."""

@@ -380,8 +380,13 @@ def show(estimate: Estimate, target: Target) -> None:
 
 def remarks(estimate: Estimate, target: Target) -> list[str]:
     """What the figures rest on, a sentence each."""
+    from scratchlm.resources.estimate import HEAD
+
     point = ridge(target, estimate.precision)
     found = [] if estimate.time is None else [f"assumed: {line}" for line in estimate.time.assumptions]
+    head = next((part for part in estimate.components if part.path == HEAD), None)
+    if head is not None and head.forward and not head.backward:
+        found.append("the chunked loss makes its gradients in the forward pass: their FLOPs stand there")
     if point is not None and target.device is not None:
         found.append(
             f"{target.device.title} needs {point:,.0f} FLOP per byte in {estimate.precision} before products, not memory, "

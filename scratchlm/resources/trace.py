@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 import scratchlm.kernels.moe  # noqa: F401  (registers the grouped products)
 from scratchlm.resources.hollow_tensor import Hollow, tensors_in
+from scratchlm.resources.places import Places
 
 Phase = Literal["setup", "forward", "backward", "optimizer"]
 Kind = Literal["weights", "gradients", "optimizer state", "activations", "temporaries", "batch and tables"]
@@ -152,38 +153,24 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.phase: Phase = "setup"
-        self._name_of = {id(module): name for name, module in model.named_modules()}
-        self._inside: list[str] = []  # names of the modules that run now, the innermost last
-        self._hooks: list[Any] = []
+        self._model = model
+        self._places: Places | None = None
         self._known: dict[int, Storage] = {}
         self._watchers: dict[int, Any] = {}
-        self._makers: dict[int, str] = {}  # sequence number of an autograd node → module
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # as in Hollow
 
     def __enter__(self) -> Tracer:
-        self._hooks = [
-            nn.modules.module.register_module_forward_pre_hook(self._entered),
-            nn.modules.module.register_module_forward_hook(self._left, always_call=True),
-        ]
+        self._places = Places(self._model)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        for hook in self._hooks:
-            hook.remove()
+        assert self._places is not None
+        self._places.remove()
         self._watchers.clear()  # what dies later is no longer part of it
-
-    def _entered(self, module: nn.Module, _: Any) -> None:
-        here = self._inside[-1] if self._inside else ""
-        self._inside.append(
-            self._name_of.get(id(module), here)
-        )  # what is no part of the model counts to its caller
-
-    def _left(self, *_: Any) -> None:
-        self._inside.pop()
 
     def watch(self, tensor: Tensor, kind: Kind, owner: str = "") -> None:
         """Note a storage that was there before, or say what one is."""
@@ -212,14 +199,10 @@ class Tracer(TorchDispatchMode):
         return self._known.get(tensor.untyped_storage()._cdata)
 
     def _module(self) -> str:
-        if self.phase == "optimizer":
+        if self.phase == "optimizer" or self._places is None:
             return ""
         node = torch._C._current_autograd_node()
-        if node is not None:  # backward: an operation belongs to the module that made its node in the forward pass
-            return self._makers.get(node._sequence_nr(), "")
-        path = self._inside[-1] if self._inside else ""
-        self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, path)
-        return path
+        return self._places.now if node is None else self._places.made_at(node)
 
     def _note(self, tensor: Tensor, maker: str) -> Storage:
         memory = tensor.untyped_storage()
@@ -240,6 +223,8 @@ class Tracer(TorchDispatchMode):
         self._watchers.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked by C++ more often than all else together
+            return args[0].device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         known = _known(func)

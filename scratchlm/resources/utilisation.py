@@ -6,10 +6,16 @@ model's, such as a forward pass done twice to save memory, counts as time and no
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from scratchlm.errors import UserError
-from scratchlm.resources.devices import MEASURE, Device, known
+from scratchlm.resources.devices import MEASURE, Device, known, this_machine
+
+if TYPE_CHECKING:
+    import torch
 
 NOISE = 0.02
 """How far above 1 a utilisation may come out before it is refused: two timings of one machine differ by as much. What lies
@@ -118,3 +124,26 @@ class Utilisation:
         return (
             ", ".join(parts) + noise if parts else f"no peak of {self.device} in {self.dtype} is known; {MEASURE}"
         )
+
+
+def mfu_on(device: torch.device) -> Callable[[float, str], float | None]:
+    """(FLOP/s, precision) → share of the peak that was measured on this machine, else of that which the maker of a known device
+    prints; None where there is neither. Errors as :func:`mfu`."""
+
+    @functools.cache
+    def peak_in(precision: str) -> tuple[float, str, str] | None:
+        machine = this_machine(device)
+        try:
+            peaks = Utilisation.on(machine, precision, 0.0)
+        except UserError:  # this machine has no peak in this dtype
+            return None
+        for peak, name in ((peaks.measured_peak, "measured"), (peaks.datasheet_peak, "datasheet")):
+            if peak is not None:
+                return peak, f"{peaks.device} in {precision}", name
+        return None
+
+    def share(flops_per_second: float, precision: str) -> float | None:
+        found = peak_in(precision)
+        return None if found is None else mfu(flops_per_second, found[0], of=found[1], name=found[2])
+
+    return share

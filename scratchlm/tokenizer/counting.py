@@ -20,6 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from scratchlm.errors import UserError
 from scratchlm.processes import MAX_WORKERS, Workers, cores
 from scratchlm.progress import progress
@@ -38,6 +40,30 @@ _WINDOW = 1 << 16
 _LIKE_A_PATH = re.compile(
     r"\S*[/\\]\S*[^/\\\s]|\S+\.(?:txt|text|md|rst|log|jsonl?|csv|tsv|xml|html?|py|parquet|gz|zst)", re.IGNORECASE
 )
+
+
+class WordCounts(NamedTuple):
+    """Words and how often each occurs, in flat arrays: word i is ``text[ends[i - 1] : ends[i]]``.
+
+    Shapes: text (bytes,) uint8, ends (words,) int64, counts (words,) int64.
+    """
+
+    text: np.ndarray
+    ends: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, words: dict[bytes, int]) -> WordCounts:
+        ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
+        counts = np.fromiter(words.values(), np.int64, len(words))
+        return cls(np.frombuffer(b"".join(words), np.uint8), ends, counts)
+
+    def as_dict(self) -> dict[bytes, int]:
+        """The same with a bytes object for each word."""
+        text = self.text.tobytes()
+        ends = self.ends.tolist()
+        words = [text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+        return dict(zip(words, self.counts.tolist(), strict=True))
 
 
 class FileRange(NamedTuple):

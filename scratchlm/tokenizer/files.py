@@ -133,10 +133,9 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         from scratchlm.tokenizer.tiktoken_files import load_tiktoken
 
         return load_tiktoken(path)
+    if (pair := gpt2_pair(path)) is not None:
+        return load_gpt2(*pair)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        for vocab_json, merges_txt in _PAIRS:
-            if (path / vocab_json).exists() and (path / merges_txt).exists():
-                return load_gpt2(path / vocab_json, path / merges_txt)
         raise UserError(
             f"tokenizer {path / 'tokenizer.json'} does not exist, nor do vocab.json and merges.txt beside it"
         )
@@ -144,6 +143,15 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 # -------------------------------------------------------------------- GPT-2
+
+
+def gpt2_pair(folder: Path) -> tuple[Path, Path] | None:
+    """GPT-2's pair of files in a folder that has them and no tokenizer.json."""
+    for vocab_json, merges_txt in _PAIRS:
+        pair = folder / vocab_json, folder / merges_txt
+        if pair[0].exists() and pair[1].exists() and not (folder / "tokenizer.json").exists():
+            return pair
+    return None
 
 
 def load_gpt2(
@@ -208,13 +216,32 @@ def _regular(tokenizer: Tokenizer) -> set[bytes]:
     return parts | {bytes([byte]) for byte in range(256)}
 
 
+def _only_whole(tokenizer: Tokenizer) -> bytes | None:
+    """A token that `ignore_merges` gives and merges would not."""
+    merging = Tokenizer(tokenizer.vocab, tokenizer.merges, pattern=r"[\s\S]+")
+    special = set(tokenizer.special_tokens.values())
+    ordinary = (item for item in tokenizer.vocab.items() if item[0] not in special)
+    return next((token for index, token in ordinary if merging.encode(token) != [index]), None)
+
+
 def save_gpt2(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
     """Write `vocab.json` and `merges.txt` into `folder`, each atomically.
 
     Raises:
-        UserError: a special token cannot be told from another token in this format, or the disk refuses.
+        UserError: a special token cannot be told from another token in this format; the tokenizer normalises text, or takes words whole
+            that merges would not make, which the files cannot say; or the disk refuses.
     """
     folder = Path(folder)
+    if tokenizer.normalizer is not None:
+        raise UserError(
+            f"vocab.json and merges.txt cannot say that text is normalised first, and this tokenizer does so "
+            f"({tokenizer.normalizer}); tokenizer.json can"
+        )
+    if tokenizer.ignore_merges and (token := _only_whole(tokenizer)) is not None:
+        raise UserError(
+            f"vocab.json and merges.txt cannot say that {token!r} is taken as a whole, to which no merges lead; "
+            f"tokenizer.json can"
+        )
     vocab = _written_vocab(tokenizer)
     merges = "".join(f"{to_chars(left)} {to_chars(right)}\n" for left, right in tokenizer.merges)
     write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")

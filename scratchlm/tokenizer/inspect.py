@@ -6,19 +6,32 @@
     262   the        74 68 65
     4583  ␣theory    20 74 68 65 6f 72 79       2 tokens, 10 bytes: 5.00 bytes per token
 
-`inspect` gives plain data, which JSON can hold; `render` draws it as tables for a terminal.
+and how the merges of a word go on, one by one:
+
+    merge                    ␣│t│h│e│o│r│y
+       1   h + e             ␣│t│he│o│r│y
+      33   ␣ + t             ␣t│he│o│r│y          …
+
+`inspect` and `merge_steps` give plain data, which JSON can hold; `render` and `render_steps` draw it for a terminal, `inspect_page.py` as
+a page.
 """
 
 from __future__ import annotations
 
+import functools
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.stream import SpecialSplitter
 from scratchlm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group, RenderResult
     from rich.table import Table
 
 LONGEST = 10
@@ -27,6 +40,11 @@ LONGEST = 10
 
 # Bytes of a token that a table shows; the data holds all.
 _SHOWN = 12
+# Tokens of a text that a table lists.
+_LISTED = 200
+# Dark letters on light grounds read on terminals of either kind; neighbours differ.
+_GROUNDS = ("#9fd0ff", "#ffd59b", "#b5e6b0", "#e9c3f2")
+_SPECIAL = "bold #ffffff on #a3262e"
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,42 @@ class Inspection:
     text: TextView | None
 
 
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge within a word.
+
+    Attributes:
+        rank: the merge's place in the order they were learnt; the lowest of all that were possible.
+        left, right: the pair.
+        pieces: the whole word afterwards.
+    """
+
+    rank: int
+    left: TokenView
+    right: TokenView
+    pieces: list[TokenView]
+
+
+@dataclass(frozen=True)
+class WordView:
+    """A pre-token and its merges.
+
+    Attributes:
+        hex, printable: the word.
+        pieces: its single bytes, before any merge.
+        steps: the merges, in order.
+        whole: it is a token as a whole and taken so before any merge (`ignore_merges`); there are no steps then.
+        ids: what it becomes.
+    """
+
+    hex: str
+    printable: str
+    pieces: list[TokenView]
+    steps: list[MergeStep]
+    whole: bool
+    ids: list[int]
+
+
 def printable(token: bytes) -> str:
     r"""A token as one visible line: space ␣, bytes outside UTF-8 and what does not print as escapes (\n, \xe2, \u200b).
 
@@ -115,18 +169,14 @@ def inspect(tokenizer: Tokenizer, text: str | bytes | None = None, longest: int 
         UserError: `text` cannot be encoded (a lone surrogate).
     """
     special = set(tokenizer.special_tokens.values())
-
-    def view(index: int) -> TokenView:
-        token = tokenizer.vocab[index]
-        return TokenView(index, token.hex(), printable(token), index in special)
-
+    view = _viewer(tokenizer)
     ordinary = [index for index in sorted(tokenizer.vocab) if index not in special]
     ordinary.sort(key=lambda index: -len(tokenizer.vocab[index]))
     lengths = Counter(len(tokenizer.vocab[index]) for index in ordinary)
     tokens = None
     if text is not None:
         ids = tokenizer.encode(text)
-        size = sum(len(tokenizer.vocab[index]) for index in ids)
+        size = len(text.encode("utf-8") if isinstance(text, str) else text)
         characters = len(text if isinstance(text, str) else text.decode("utf-8", "replace"))
         tokens = TextView([view(index) for index in ids], size, characters)
     return Inspection(
@@ -140,8 +190,116 @@ def inspect(tokenizer: Tokenizer, text: str | bytes | None = None, longest: int 
     )
 
 
+def _viewer(tokenizer: Tokenizer) -> Callable[[int], TokenView]:
+    special = set(tokenizer.special_tokens.values())
+
+    @functools.cache
+    def view(index: int) -> TokenView:
+        token = tokenizer.vocab[index]
+        return TokenView(index, token.hex(), printable(token), index in special)
+
+    return view
+
+
+def merge_steps(tokenizer: Tokenizer, text: str) -> list[WordView]:
+    """The merges of every distinct pre-token of `text`, as they come; special tokens are passed over.
+
+    Args:
+        tokenizer: any.
+        text: usually one word. O(n²) in the length of its longest pre-token.
+
+    Raises:
+        UserError: `text` holds a lone surrogate.
+    """
+    tokenizer.encode(text)  # refuses what cannot be encoded
+    ids = {token: index for index, token in tokenizer.vocab.items()}
+    ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(tokenizer.merges)}
+    special = set(tokenizer.special_tokens.values())
+    view = _viewer(tokenizer)
+    pattern = Pattern(tokenizer.pattern)
+
+    def walk(word: bytes) -> WordView:
+        pieces = [ids[word[place : place + 1]] for place in range(len(word))]
+        whole = tokenizer.ignore_merges and word in ids and ids[word] not in special
+        first = [view(index) for index in pieces]
+        steps = []
+        while not whole:
+            known = [(ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in ranks]
+            if not known:
+                break
+            rank, place = min(known)
+            left, right = pieces[place : place + 2]
+            pieces[place : place + 2] = [ids[tokenizer.vocab[left] + tokenizer.vocab[right]]]
+            steps.append(MergeStep(rank, view(left), view(right), [view(index) for index in pieces]))
+        return WordView(word.hex(), printable(word), first, steps, whole, [ids[word]] if whole else pieces)
+
+    words: dict[str, None] = {}
+    for part in SpecialSplitter(tokenizer.special_tokens).split(text)[::2]:
+        if tokenizer.normalizer is not None:
+            part = unicodedata.normalize(tokenizer.normalizer, part)
+        words |= dict.fromkeys(pattern.split(part))
+    return [walk(word.encode("utf-8")) for word in words]
+
+
+class Coloured:
+    """A text whose tokens have alternating grounds, special tokens their own; where there are no colours (NO_COLOR, a
+    file), a bar stands between tokens and angle quotes around special ones. For `rich.print`.
+
+    A line end is shown as ⏎ and breaks the line.
+    """
+
+    def __init__(self, view: TextView) -> None:
+        self._tokens = view.tokens
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        colours = console.color_system is not None and not console.no_color
+        text = Text()
+        for place, token in enumerate(self._tokens):
+            shown = laid_out(token)
+            if colours:
+                style = _SPECIAL if token.special else f"#101418 on {_GROUNDS[place % len(_GROUNDS)]}"
+                text.append(shown, style)
+                continue
+            if place and not text.plain.endswith("\n"):
+                text.append("│")
+            text.append(f"«{shown}»" if token.special else shown)
+        yield text
+
+
+def laid_out(token: TokenView) -> str:
+    """A token as it stands in a text: spaces as they are, line ends as ⏎ and a new line, what does not print as escapes."""
+    lines = bytes.fromhex(token.hex).split(b"\n")
+    return "⏎\n".join(" ".join(printable(word) for word in line.split(b" ")) for line in lines)
+
+
+def render_steps(words: list[WordView]) -> Group:
+    """A table per word for `rich.print`: every merge, its rank, its pair, and the word afterwards."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def joined(pieces: list[TokenView]) -> Text:
+        return Text("│".join(piece.printable for piece in pieces))
+
+    tables = []
+    for word in words:
+        table = Table("step", "merge", "pair", "pieces", title=Text(word.printable), title_justify="left")
+        table.add_row("", "", "", joined(word.pieces))
+        for number, step in enumerate(word.steps, 1):
+            pair = Text(f"{step.left.printable} + {step.right.printable}")
+            table.add_row(str(number), f"{step.rank:,}", pair, joined(step.pieces))
+        if word.whole:
+            table.add_row("", "", "is a token as a whole", Text(word.printable))
+        table.caption = Text(f"ids: {' '.join(map(str, word.ids))}")
+        table.caption_justify = "left"
+        tables.append(table)
+    return Group(*tables)
+
+
 def render(inspection: Inspection) -> Group:
-    """Tables for `rich.print`: a summary, the longest tokens, the lengths as bars, and the text's tokens."""
+    """For `rich.print`: a summary, the longest tokens, the lengths as bars, the text in colours, and its tokens."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -152,7 +310,7 @@ def render(inspection: Inspection) -> Group:
     summary.add_row("pattern", Text(inspection.pattern))
     specials = ", ".join(f"{name} = {index}" for name, index in inspection.special_tokens.items())
     summary.add_row("special tokens", Text(specials or "none"))
-    shown: list[Table | Text] = [summary, _token_table("longest tokens", inspection.longest)]
+    shown: list[Table | Text | Coloured] = [summary, _token_table("longest tokens", inspection.longest)]
 
     histogram = Table("bytes", "tokens", "", title="token lengths", title_justify="left")
     most = max(inspection.lengths.values(), default=1)
@@ -162,7 +320,10 @@ def render(inspection: Inspection) -> Group:
 
     if inspection.text is not None:
         text = inspection.text
-        shown.append(_token_table("text", text.tokens))
+        shown.append(Coloured(text))
+        shown.append(_token_table("text", text.tokens[:_LISTED]))
+        if len(text.tokens) > _LISTED:
+            shown.append(Text(f"… the first {_LISTED} tokens"))
         shown.append(
             Text(
                 f"{len(text.tokens):,} tokens, {text.bytes:,} bytes, {text.characters:,} characters: "

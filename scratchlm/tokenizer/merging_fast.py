@@ -1,41 +1,64 @@
 """The merge loop on flat arrays, compiled by Numba: output equal to `merging.merge_words`, for large word tables.
 
-All words lie behind each other, one token per place; a merge empties a place and links its neighbours past it:
+All words lie behind each other, one token per place, with an edge between them. A merged token keeps the places of its
+parts, and its first and its last place name it, so that both neighbours are one step away:
 
-    place      0  1  2 │ 3  4  5  6  7 │ …          after (l, o) → 256:   256 . w │ 256 . w e r
-    token      l  o  w │ l  o  w  e  r │ …
-    next       1  2  - │ 4  5  6  7  - │ …          Every place knows the pair that begins there, and every pair
-    pair       0  1  - │ 0  1  2  3  - │ …          chains its places (head → chain → chain …), so a merge touches
-    weight     5  5  5 │ 2  2  2  2  2 │ …          exactly the places it changes and their neighbours.
+    place      0  1  2  3  4  5  6  7  8  9 10             after (l, o) → 256:   | 256 256 w | 256 256 w e r |
+    token      |  l  o  w  |  l  o  w  e  r  |             after (256, w) → 257: | 257  .  257 | 257 . 257 e r |
+    width of a token in places: l, o, w: 1   256: 2   257: 3
 
-Chains are doubly linked, hence always exact. The heap holds each pair once; an entry too high sinks when it is met.
+**Only what may be merged is listed.** The count of a pair only ever falls once it has come into being, so a pair that
+begins below the count of the last merge is never merged. That count is not known before the end; it is guessed, and the
+work is done in rounds, each with a lower guess (`least`):
+
+    ┌─► compact   one place per token again, words of one token dropped; an upper bound of every pair's count
+    │   survey    pairs that occur `least` times, and where: a few thousand out of a million
+    │   merge     until the most frequent pair occurs less than `least` times
+    └── lower `least`, unless it is `min_frequency` or all merges are made
+
+Any guess gives the same merges; a good one makes the tables so small that they stay in the processor's cache.
+
+**A merge of (a, b) to c changes counts by its neighbours**, not by its places. All places are visited once, in order, and
+what stands to the left and to the right is added up; then, once for each different neighbour x,
+
+    places of (a, b)  … x [a b] y …      gained[x] = Σ count of the word      (x, a) loses gained[x], (x, c) begins with it
+                                         gained[y] likewise                   (b, y) loses gained[y], (c, y) begins with it
+
+The upper bound of the survey is a count sketch (Cormode and Muthukrishnan 2005, with one row): counters chosen by a hash of the pair,
+where pairs that share a counter can only make it larger.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
+from scratchlm.tokenizer.counting import WordCounts
+from scratchlm.tokenizer.kernels import announce, kernel
 from scratchlm.tokenizer.merging import Pair, Tick
 
+_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # Fibonacci hashing (Knuth, volume 3, 6.4)
+_LOW = 0xFFFFFFFF
+_SKETCH = 1 << 17  # counters: 1 MB, the size of a second-level cache
+_BLOCK = 2048
+_MANY = 0x7FFFFFFF  # counts from here on do not fit into the lists of places, which then name the word instead
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``njit`` with its disk cache, or without one where no folder for it can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+# Rounds: merges that the first one aims at, and how many times as many the next may aim at.
+_FIRST_ROUND = 2500
+_NEXT_ROUND = 12
+
+_INT32_PLACES = 2**31 - 2
 
 
-@_compile
-def _token_order(first, second, pool, start):
+@kernel
+def _greater_token(first, second, prefix, pool, start):
     """-1, 0 or 1: the byte string of `first` is less than, equal to or greater than that of `second`."""
     if first == second:
         return 0
+    if prefix[first] != prefix[second]:
+        return 1 if prefix[first] > prefix[second] else -1
     at, other = start[first], start[second]
     end, other_end = start[first + 1], start[second + 1]
     while at < end and other < other_end:
@@ -46,234 +69,443 @@ def _token_order(first, second, pool, start):
     return 1 if at < end else -1
 
 
-@_compile
-def _above(first, second, claimed, pairs, pool, start):
-    """Whether pair `first` is to be merged before pair `second`."""
-    if claimed[first] != claimed[second]:
-        return claimed[first] > claimed[second]
-    order = _token_order(pairs[first, 0], pairs[second, 0], pool, start)
+@kernel
+def _above(count, key, other_count, other_key, prefix, pool, start):
+    """Whether the pair `key` is to be merged before the pair `other_key`."""
+    if count != other_count:
+        return count > other_count
+    order = _greater_token(key >> 32, other_key >> 32, prefix, pool, start)
     if order == 0:
-        order = _token_order(pairs[first, 1], pairs[second, 1], pool, start)
+        order = _greater_token(key & _LOW, other_key & _LOW, prefix, pool, start)
     return order > 0
 
 
-@_compile
-def _rise(heap, position, claimed, pairs, pool, start):
+@kernel
+def _rise(heap, claimed, position, keys, prefix, pool, start):
+    pair, count = heap[position], claimed[position]
     while position > 0:
         parent = (position - 1) >> 1
-        if not _above(heap[position], heap[parent], claimed, pairs, pool, start):
-            return
-        heap[position], heap[parent] = heap[parent], heap[position]
+        if not _above(count, keys[pair], claimed[parent], keys[heap[parent]], prefix, pool, start):
+            break
+        heap[position], claimed[position] = heap[parent], claimed[parent]
         position = parent
+    heap[position], claimed[position] = pair, count
 
 
-@_compile
-def _sink(heap, size, claimed, pairs, pool, start):
+@kernel
+def _sink(heap, claimed, size, keys, prefix, pool, start):
     position = 0
+    pair, count = heap[0], claimed[0]
     while True:
         child = 2 * position + 1
         if child >= size:
-            return
-        if child + 1 < size and _above(heap[child + 1], heap[child], claimed, pairs, pool, start):
-            child += 1
-        if not _above(heap[child], heap[position], claimed, pairs, pool, start):
-            return
-        heap[position], heap[child] = heap[child], heap[position]
+            break
+        other = child + 1
+        if other < size and _above(
+            claimed[other], keys[heap[other]], claimed[child], keys[heap[child]], prefix, pool, start
+        ):
+            child = other
+        if not _above(claimed[child], keys[heap[child]], count, keys[pair], prefix, pool, start):
+            break
+        heap[position], claimed[position] = heap[child], claimed[child]
         position = child
+    heap[position], claimed[position] = pair, count
 
 
-@_compile
-def _slot(table, pairs, left, right):
+@kernel
+def _slot(table, keys, key):
     """Where the pair is, or may be put, in the hash table (linear probing; the size is a power of two)."""
     mask = len(table) - 1
-    slot = (left * 0x9E3779B1 + right * 0x85EBCA77) & 0x7FFFFFFFFFFFFFFF
-    slot = (slot ^ (slot >> 17)) & mask
-    while table[slot] >= 0 and (pairs[table[slot], 0] != left or pairs[table[slot], 1] != right):
+    slot = ((key * _MIX) >> 40) & mask
+    while table[slot] >= 0 and keys[table[slot]] != key:
         slot = (slot + 1) & mask
     return slot
 
 
-@_compile
-def _unlink(place, pair_at, head, chain, back):
-    if back[place] >= 0:
-        chain[back[place]] = chain[place]
-    else:
-        head[pair_at[place]] = chain[place]
-    if chain[place] >= 0:
-        back[chain[place]] = back[place]
-    pair_at[place] = -1
+@kernel
+def _rehash(keys, known, room):
+    table = np.empty(4 * room, np.int32)
+    for slot in range(len(table)):
+        table[slot] = -1
+    for pair in range(known):
+        table[_slot(table, keys, keys[pair])] = pair
+    return table
 
 
-@_compile
-def _link(place, pair, pair_at, head, chain, back):
-    pair_at[place] = pair
-    back[place] = -1
-    chain[place] = head[pair]
-    if head[pair] >= 0:
-        back[head[pair]] = place
-    head[pair] = place
-
-
-@_compile
+@kernel
 def _longer(array, size):
     grown = np.empty(size, array.dtype)
-    grown[: len(array)] = array
+    for index in range(len(array)):
+        grown[index] = array[index]
     return grown
 
 
-@_compile
-def _merge(token, after, weight, wanted, least, made, signals):
-    """The loop. `made` receives the merges; returns how many there are.
+@kernel
+def _spread(text, ends, counts, edge, token, weight):
+    """Lay out the words as bytes; those of one byte are left out. Returns how many places and words there are."""
+    token[0] = edge
+    size, words, begin = 1, 0, 0
+    for word in range(len(ends)):
+        end = ends[word]
+        if end - begin > 1:
+            for at in range(begin, end):
+                token[size] = text[at]
+                size += 1
+            token[size] = edge
+            size += 1
+            weight[words] = counts[word]
+            words += 1
+        begin = end
+    return size, words
 
-    signals[0] counts merges for a progress bar, signals[1] asks to stop, signals[2] says "inside a run of equal tokens".
+
+@kernel
+def _compact(token, size, weight, width, edge, sketch):
+    """One place per token, no words of one token, and a new sketch. Returns how many places and words remain."""
+    mask = len(sketch) - 1
+    for slot in range(len(sketch)):
+        sketch[slot] = 0
+    read, write, word, words = 1, 1, 0, 0
+    while read < size:
+        begin = write
+        while token[read] != edge:
+            one = token[read]
+            token[write] = one
+            read += width[one]
+            write += 1
+        read += 1
+        if write - begin < 2:
+            write = begin
+        else:
+            count = weight[word]
+            weight[words] = count
+            words += 1
+            for at in range(begin, write - 1):
+                key = (np.int64(token[at]) << 32) | np.int64(token[at + 1])
+                sketch[((key * _MIX) >> 40) & mask] += count
+            token[write] = edge
+            write += 1
+        word += 1
+    for one in range(len(width)):
+        width[one] = 1
+    return write, words
+
+
+@kernel
+def _candidates(token, begin, end, word, edge, sketch, least, found_key, found_at, found_word):
+    """Places in [begin, end) whose pair may occur `least` times. No branch: half of them would be mispredicted.
+
+    Returns how many there are, and the number of the word at `end`.
     """
-    places = len(token)
-    before = np.full(places, -1, np.int64)
-    pair_at = np.full(places, -1, np.int64)
-    chain = np.empty(places, np.int64)
-    back = np.empty(places, np.int64)
+    mask = len(sketch) - 1
+    found = 0
+    left = np.int64(token[begin])
+    for at in range(begin, end):
+        right = np.int64(token[at + 1])
+        key = (left << 32) | right
+        found_key[found], found_at[found], found_word[found] = key, at, word
+        frequent = sketch[((key * _MIX) >> 40) & mask] >= least
+        found += int(frequent & (left != edge) & (right != edge))
+        word += int(right == edge)
+        left = right
+    return found, word
 
-    pool = np.empty(1 << 16, np.uint8)
-    start = np.empty(256 + wanted + 1, np.int64)
-    for byte in range(256):
-        pool[byte] = byte
-        start[byte] = byte
-    start[256] = 256
-    tokens = 256
 
+@kernel
+def _survey(token, size, weight, edge, sketch, least, index):
+    """The pairs that occur `least` times: their keys (left << 32 | right), counts, and places in ascending order.
+
+    Returns: keys, counts, first place of each in the list of places, how many it has, how many pairs, hash table of keys,
+    list of places, list of the counts of the words there (or ~ number of the word), length of the list.
+    """
+    found_key = np.empty(_BLOCK, np.int64)
+    found_at = np.empty(_BLOCK, np.int64)
+    found_word = np.empty(_BLOCK, np.int64)
     room = 1 << 12
-    pairs = np.empty((room, 2), np.int64)
-    count = np.empty(room, np.int64)
-    claimed = np.empty(room, np.int64)
-    head = np.empty(room, np.int64)
-    heap = np.empty(room, np.int64)
-    table = np.full(4 * room, -1, np.int64)
-    known = 0  # pairs so far
-    heaped = 0
+    keys, counts, many = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    known = 0
+    table = _rehash(keys, known, room)
+    word = 0
+    for begin in range(1, size - 1, _BLOCK):
+        end = min(begin + _BLOCK, size - 1)
+        found, word = _candidates(token, begin, end, word, edge, sketch, least, found_key, found_at, found_word)
+        if known + found > room:
+            room = 2 * room
+            keys, counts, many = _longer(keys, room), _longer(counts, room), _longer(many, room)
+            table = _rehash(keys, known, room)
+        for candidate in range(found):
+            key = found_key[candidate]
+            slot = _slot(table, keys, key)
+            if table[slot] < 0:
+                table[slot] = known
+                keys[known], counts[known], many[known] = key, 0, 0
+                known += 1
+            counts[table[slot]] += weight[found_word[candidate]]
+            many[table[slot]] += 1
 
-    done = 0
-    new = -1  # -1: the first round enters every place, each later one the neighbours of a merge
-    left, right, best = -1, -1, -1
+    # What only shared a counter with others goes; for the second pass the sketch says "listed" or "not listed".
+    for slot in range(len(sketch)):
+        sketch[slot] = 0
+    first = np.empty(room, np.int64)
+    listed = total = 0
+    for pair in range(known):
+        if counts[pair] >= least:
+            keys[listed], counts[listed], first[listed] = keys[pair], counts[pair], total
+            total += many[pair]
+            many[listed] = 0
+            sketch[((keys[pair] * _MIX) >> 40) & (len(sketch) - 1)] = 1
+            listed += 1
+    known = listed
+    table = _rehash(keys, known, room)
+
+    places = np.empty(total + total // 4 + 64, index.dtype)
+    shares = np.empty(len(places), index.dtype)
+    word = 0
+    for begin in range(1, size - 1, _BLOCK):
+        end = min(begin + _BLOCK, size - 1)
+        found, word = _candidates(token, begin, end, word, edge, sketch, 1, found_key, found_at, found_word)
+        for candidate in range(found):
+            pair = table[_slot(table, keys, found_key[candidate])]
+            if pair >= 0:
+                at = first[pair] + many[pair]
+                count = weight[found_word[candidate]]
+                places[at] = found_at[candidate]
+                shares[at] = count if count < _MANY else ~found_word[candidate]
+                many[pair] += 1
+    return keys, counts, first, many, known, table, places, shares, total
+
+
+@kernel
+def _name(new, left, right, prefix, pool, start):
+    """Write down the byte string of a new token, and its first eight bytes as a number. Returns the pool."""
+    size = start[left + 1] - start[left] + start[right + 1] - start[right]
+    begin = start[new]
+    if begin + size > len(pool):
+        pool = _longer(pool, 2 * (begin + size))
+    for part in (left, right):
+        for at in range(start[part], start[part + 1]):
+            pool[begin] = pool[at]
+            begin += 1
+    start[new + 1] = begin
+    packed = np.uint64(0)
+    for at in range(start[new], min(begin, start[new] + 8)):
+        packed |= np.uint64(pool[at]) << np.uint64(56 - 8 * (at - start[new]))
+    prefix[new] = packed
+    return pool
+
+
+@kernel
+def _merge(
+    token, weight, width, keys, counts, first, many, known, table, places, shares, total,
+    edge, least, made, achieved, prefix, pool, start, signals,
+):  # fmt: skip
+    """Merge while a pair occurs `least` times. `made` receives the merges, `achieved` their counts. Returns the pool.
+
+    signals[0] counts merges, also for a progress bar; signals[1] asks to stop.
+    """
+    gone = edge + 1  # where the second part of a merged token began
+    room = len(keys)
+    heap, claimed = np.empty(room, np.int32), np.empty(room, np.int64)
+    heaped = 0
+    for pair in range(known):
+        heap[heaped], claimed[heaped] = pair, counts[pair]
+        _rise(heap, claimed, heaped, keys, prefix, pool, start)
+        heaped += 1
+    # By neighbour: gained count and places, to the left and to the right; which neighbours, and their new pairs.
+    gained = np.zeros((len(width), 4), np.int64)
+    gained[edge, 1] = gained[edge, 3] = 1  # so that an edge is never noted down
+    lefts, rights = np.empty(len(width), np.int32), np.empty(len(width), np.int32)
+    left_pair, right_pair = np.empty(len(width), np.int32), np.empty(len(width), np.int32)
+    for one in range(len(width)):
+        left_pair[one] = right_pair[one] = -1
+    done = signals[0]
     while True:
-        first_fresh = known
-        # Places whose pair begins anew, in the order they have to be entered.
-        place = places - 1 if new < 0 else head[best]
-        while place >= 0:
-            entering_one, entering_two = -1, -1
-            if new < 0:
-                if after[place] >= 0:
-                    before[after[place]] = place
-                    entering_one = place
-                following_place = place - 1
-            else:
-                if (
-                    left == right and signals[2] == 0
-                ):  # "aaaa": pair up from the left end of the run, as reading would
-                    while before[place] >= 0 and pair_at[before[place]] == best:
-                        place = before[place]
-                second = after[place]
-                third = after[second]
-                previous = before[place]
-                count[best] -= weight[place]
-                _unlink(place, pair_at, head, chain, back)
-                if third >= 0:
-                    count[pair_at[second]] -= weight[place]
-                    _unlink(second, pair_at, head, chain, back)
-                    before[third] = place
-                    entering_two = place
-                if previous >= 0:
-                    count[pair_at[previous]] -= weight[place]
-                    _unlink(previous, pair_at, head, chain, back)
-                    entering_one = previous
-                token[place] = new
-                after[place] = third
-                signals[2] = 0
-                if left == right and third >= 0 and pair_at[third] == best:
-                    following_place = third  # on with the run: its left end is behind us
-                    signals[2] = 1
-                else:
-                    following_place = -2  # whichever comes first in the chain
-            for entering in (entering_one, entering_two):
-                if entering < 0:
-                    continue
-                first, other = token[entering], token[after[entering]]
-                slot = _slot(table, pairs, first, other)
-                if table[slot] < 0:
-                    if known == room:
-                        room *= 2
-                        longer = np.empty((room, 2), np.int64)
-                        longer[:known] = pairs
-                        pairs = longer
-                        count, claimed = _longer(count, room), _longer(claimed, room)
-                        head, heap = _longer(head, room), _longer(heap, room)
-                        table = np.full(4 * room, -1, np.int64)
-                        for pair in range(known):
-                            table[_slot(table, pairs, pairs[pair, 0], pairs[pair, 1])] = pair
-                        slot = _slot(table, pairs, first, other)
-                    pairs[known, 0], pairs[known, 1] = first, other
-                    count[known] = 0
-                    head[known] = -1
-                    table[slot] = known
-                    known += 1
-                count[table[slot]] += weight[entering]
-                _link(entering, table[slot], pair_at, head, chain, back)
-            place = head[best] if following_place == -2 else following_place
-        for pair in range(first_fresh, known):
-            if count[pair] > 0:
-                claimed[pair] = count[pair]
-                heap[heaped] = pair
-                _rise(heap, heaped, claimed, pairs, pool, start)
-                heaped += 1
         # The most frequent pair: sink entries that promise too much until the top one is true.
-        while heaped > 0 and claimed[heap[0]] != count[heap[0]]:
-            claimed[heap[0]] = count[heap[0]]
-            if claimed[heap[0]] == 0:
+        while heaped > 0 and claimed[0] != counts[heap[0]]:
+            claimed[0] = counts[heap[0]]
+            if claimed[0] < least:
                 heaped -= 1
-                heap[0] = heap[heaped]
-            _sink(heap, heaped, claimed, pairs, pool, start)
-        if heaped == 0 or done == wanted or count[heap[0]] < least or signals[1] != 0:
-            return done
+                heap[0], claimed[0] = heap[heaped], claimed[heaped]
+            _sink(heap, claimed, heaped, keys, prefix, pool, start)
+        if heaped == 0 or done == len(made) or signals[1] != 0:
+            return pool
         best = heap[0]
+        achieved[done] = claimed[0]
         heaped -= 1
-        heap[0] = heap[heaped]
-        _sink(heap, heaped, claimed, pairs, pool, start)
-        left, right = pairs[best, 0], pairs[best, 1]
-        new = tokens
-        tokens += 1
-        size = start[left + 1] - start[left] + start[right + 1] - start[right]
-        if start[new] + size > len(pool):
-            pool = _longer(pool, 2 * (start[new] + size))
-        middle = start[new] + start[left + 1] - start[left]
-        pool[start[new] : middle] = pool[start[left] : start[left + 1]]
-        pool[middle : start[new] + size] = pool[start[right] : start[right + 1]]
-        start[tokens] = start[new] + size
+        heap[0], claimed[0] = heap[heaped], claimed[heaped]
+        _sink(heap, claimed, heaped, keys, prefix, pool, start)
+        left, right, new = keys[best] >> 32, keys[best] & _LOW, 256 + done
+        pool = _name(new, left, right, prefix, pool, start)
         made[done, 0], made[done, 1] = left, right
         done += 1
         signals[0] = done
 
+        # Every place, in ascending order ("aaaa" pairs up from the left); those that still hold the pair move to the front.
+        span = width[left]
+        whole = span + width[right]
+        width[new] = whole
+        begin = end = first[best]
+        number_left = number_right = 0
+        again = 0  # count of (new, left) that was made, and merged away at the next place: "abab"
+        for entry in range(begin, begin + many[best]):
+            at = places[entry]
+            if token[at] != left or token[at + span] != right:
+                continue
+            share = shares[entry]
+            places[end], shares[end] = at, share
+            end += 1
+            count = int(share)
+            if count < 0:
+                count = weight[~count]
+            before, behind = token[at - 1], token[at + whole]
+            token[at + span] = gone
+            token[at] = token[at + whole - 1] = new
+            if before == new:
+                again += count
+            if gained[before, 1] == 0:
+                lefts[number_left] = before
+                number_left += 1
+            gained[before, 0] += count
+            gained[before, 1] += 1
+            if gained[behind, 3] == 0:
+                rights[number_right] = behind
+                number_right += 1
+            gained[behind, 2] += count
+            gained[behind, 3] += 1
+
+        if known + number_left + number_right > room:
+            while known + number_left + number_right > room:
+                room *= 2
+            keys, counts, first, many = (
+                _longer(keys, room), _longer(counts, room), _longer(first, room), _longer(many, room)
+            )  # fmt: skip
+            heap, claimed = _longer(heap, room), _longer(claimed, room)
+            table = _rehash(keys, known, room)
+        fresh = known
+        for number in range(number_left):
+            one = int(lefts[number])
+            count = gained[one, 0]
+            if one != new:
+                pair = table[_slot(table, keys, (one << 32) | left)]
+                if pair >= 0:
+                    counts[pair] -= count
+            if count >= least:
+                keys[known], counts[known], first[known], many[known] = (one << 32) | new, count, total, 0
+                left_pair[one] = known
+                total += gained[one, 1]
+                known += 1
+            gained[one, 0] = gained[one, 1] = 0
+        for number in range(number_right):
+            one = int(rights[number])
+            count = gained[one, 2]
+            pair = table[_slot(table, keys, (right << 32) | one)]
+            if pair >= 0:
+                counts[pair] -= count
+            if one == left:
+                count -= again
+            if count >= least:
+                keys[known], counts[known], first[known], many[known] = (new << 32) | one, count, total, 0
+                right_pair[one] = known
+                total += gained[one, 3]
+                known += 1
+            gained[one, 2] = gained[one, 3] = 0
+        counts[best] = 0
+        if known == fresh:
+            continue
+        # Of most merges nothing comes that is frequent enough; of this one does: list its places.
+        if total > len(places):
+            places, shares = _longer(places, 2 * total), _longer(shares, 2 * total)
+        for entry in range(begin, end):
+            at = places[entry]
+            before = token[at - 1]
+            pair = left_pair[before]
+            if pair >= 0:
+                places[first[pair] + many[pair]] = at - width[before]
+                shares[first[pair] + many[pair]] = shares[entry]
+                many[pair] += 1
+            pair = right_pair[token[at + whole]]
+            if pair >= 0:
+                places[first[pair] + many[pair]] = at
+                shares[first[pair] + many[pair]] = shares[entry]
+                many[pair] += 1
+        for pair in range(fresh, known):
+            left_pair[keys[pair] >> 32] = right_pair[keys[pair] & _LOW] = -1
+            table[_slot(table, keys, keys[pair])] = pair
+            heap[heaped], claimed[heaped] = pair, counts[pair]
+            _rise(heap, claimed, heaped, keys, prefix, pool, start)
+            heaped += 1
+
+
+def _next_least(least: int, peak: int, achieved: np.ndarray, wanted: int, min_frequency: int) -> int:
+    """How often a pair shall occur to be listed in the next round: about the count of the last merge aimed at.
+
+    Args:
+        least: of the last round; 0 before the first.
+        peak: at least the count of the most frequent pair.
+        achieved: counts of the merges made so far.
+        wanted, min_frequency: as in `merge_words_fast`.
+
+    Counts of merges fall as a power of their number: the n-th has about peak / n at first, and falls faster later.
+    """
+    done = len(achieved)
+    if least == 0:
+        guess = peak / (1.3 * max(1, min(wanted, _FIRST_ROUND)))
+    elif done < 2:
+        guess = least / 8
+    else:
+        fall = np.log2(achieved[done // 2] / achieved[-1]) + 0.2
+        guess = 0.7 * least * (done / min(wanted, _NEXT_ROUND * done)) ** fall
+    return max(1, min_frequency, int(min(guess, least - 1 if least else peak)))
+
+
+def _learn(words: WordCounts, made: np.ndarray, min_frequency: int, signals: np.ndarray) -> None:
+    """All rounds; `made` receives the merges, `signals` their number."""
+    wanted = len(made)
+    tokens = 256 + wanted
+    edge = tokens  # and tokens + 1 is "gone"
+    size = len(words.text) + len(words.ends) + 2
+    token = np.empty(size, np.uint16 if tokens + 2 <= 1 << 16 else np.int32)
+    index = np.empty(0, np.int32 if size <= _INT32_PLACES else np.int64)
+    weight = np.empty(len(words.ends), np.int64)
+    achieved = np.empty(wanted, np.int64)
+    start = np.empty(tokens + 1, np.int64)
+    start[:257] = np.arange(257)
+    pool = np.empty(1 << 16, np.uint8)
+    pool[:256] = np.arange(256)
+    prefix = np.zeros(tokens, np.uint64)
+    prefix[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
+    width = np.ones(tokens + 2, np.int32)
+    sketch = np.empty(_SKETCH, np.int64)
+    size, _ = _spread(words.text, words.ends, words.counts, edge, token, weight)
+    least = 0
+    while signals[0] < wanted and signals[1] == 0 and least != max(1, min_frequency):
+        size, _ = _compact(token, size, weight, width, edge, sketch)
+        least = _next_least(least, int(sketch.max()), achieved[: signals[0]], wanted, min_frequency)
+        listed = _survey(token, size, weight, edge, sketch, least, index)
+        pool = _merge(token, weight, width, *listed, edge, least, made, achieved, prefix, pool, start, signals)
+
 
 def merge_words_fast(
-    words: dict[bytes, int], merges: int, min_frequency: int = 1, tick: Tick = lambda done: None
+    words: dict[bytes, int] | WordCounts,
+    merges: int,
+    min_frequency: int = 1,
+    tick: Tick = lambda done: None,
+    show: bool = False,
 ) -> list[Pair]:
     """Like `merging.merge_words`; `tick` is called twenty times a second at most, with the number of new merges.
 
-    The first call on a machine compiles the loop (a few seconds); Numba keeps the result beside this file, or in the
-    user's cache folder, for all later ones.
+    The first call on a machine compiles the loop (a few seconds; with `show` a line says so); Numba keeps the result beside
+    this file, or in the user's cache folder, for all later ones.
     """
-    text = b"".join(words)
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    weight = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
-    after = np.arange(1, len(text) + 1, dtype=np.int64)
-    after[np.cumsum(lengths) - 1] = -1
-    token = np.frombuffer(text, np.uint8).astype(np.int64)
-    made = np.empty((merges, 2), np.int64)
-    signals = np.zeros(3, np.int64)
-    result: list[int] = []
+    table = words if isinstance(words, WordCounts) else WordCounts.of(words)
+    made = np.empty((merges, 2), np.int32)
+    signals = np.zeros(2, np.int64)
     failure: list[BaseException] = []
+    announce(_merge, "the merge loop", show)
 
     def work() -> None:
         try:
-            result.append(int(_merge(token, after, weight, merges, max(1, min_frequency), made, signals)))
+            _learn(table, made, min_frequency, signals)
         except BaseException as error:
             failure.append(error)
 
@@ -292,5 +524,6 @@ def merge_words_fast(
         raise
     if failure:
         raise failure[0]
-    tick(result[0] - shown)
-    return [(int(left), int(right)) for left, right in made[: result[0]]]
+    tick(int(signals[0]) - shown)
+    pairs: Any = made[: signals[0]].tolist()
+    return [(left, right) for left, right in pairs]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 
 import regex
 
@@ -30,6 +31,22 @@ PATTERNS: dict[str, str] = {
     "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+_LIKE_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Texts with a scanner (``scanner.py``) → its name. Besides the named ones: other ways to write them, and the patterns in the
+# files of Llama 3 (also cl100k's of earlier days) and Qwen 2 to 3, which take digits one by one.
+WITH_SCANNER: dict[str, str] = {
+    **{text: name for name, text in PATTERNS.items()},
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\Z|\s+(?!\S)|\s": "gpt2",
+    _LIKE_CL100K: "llama3",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+": "llama3",
+    _LIKE_CL100K.replace("{1,3}", ""): "qwen2",
 }
 
 # What the classes above hold of ASCII (`regex` counts U+001C to U+001F as no white space; the standard `re` does).
@@ -50,7 +67,7 @@ def _for_ascii(text: str) -> re.Pattern[str]:
     return re.compile("".join(pieces))
 
 
-# Places where each of the three patterns above cuts whatever stands further left or right, and where neither side
+# Places where each of the patterns above cuts whatever stands further left or right, and where neither side
 # changes when the other is taken away: a letter before " letter", and a single line end between other characters.
 _SAFE_CUT = regex.compile(r"(?<=\p{L})(?= \p{L})|(?<=\S\n)(?=\p{L})")
 
@@ -68,7 +85,7 @@ class Pattern:
     Attributes:
         name: the name, or the pattern's own text when it has none.
         text: what `regex` compiles.
-        local: one of the three named patterns, whose matches depend on nothing far away.
+        local: one of the three named patterns or another with a scanner: matches depend on nothing far away.
 
     Raises:
         UserError: `regex` cannot compile it, it searches backwards, is empty, or a plain word that is none of the names.
@@ -84,7 +101,7 @@ class Pattern:
             )
         self.text = PATTERNS.get(pattern, pattern)
         self.name = next((name for name, text in PATTERNS.items() if text == self.text), self.text)
-        self.local = self.name in PATTERNS
+        self.local = self.text in WITH_SCANNER
         if not self.text:
             raise UserError(
                 "the pre-tokenisation pattern is empty; name gpt2, cl100k, o200k or give a regex pattern"
@@ -112,21 +129,20 @@ class Pattern:
         """The pre-tokens of a whole text, in order; joined they are the text."""
         if self.local:
             return (self._ascii if text.isascii() else self._compiled).findall(text)
-        return [piece for piece, _ in self._matches_and_gaps(text)]
+        return list(self.pieces(text))
 
-    def _matches_and_gaps(self, text: str) -> list[tuple[str, int]]:
-        """Every non-empty match and every gap between, with its start."""
-        pieces, end = [], 0
+    def pieces(self, text: str) -> Iterator[str]:
+        """The same one by one: every non-empty match and every gap between."""
+        end = 0
         for match in self._compiled.finditer(text):
             if match.start() == match.end():
                 continue
             if match.start() > end:
-                pieces.append((text[end : match.start()], end))
-            pieces.append((match.group(), match.start()))
+                yield text[end : match.start()]
+            yield match.group()
             end = match.end()
         if end < len(text):
-            pieces.append((text[end:], end))
-        return pieces
+            yield text[end:]
 
     def safe_cut(self, text: str, start: int, stop: int | None = None) -> int | None:
         """The first position from `start` on (before `stop`) where `text` may be split in two and each part

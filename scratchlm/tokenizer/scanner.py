@@ -16,12 +16,14 @@ Importing this module loads no Numba; the first call of a scanner does, and comp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from scratchlm.tokenizer.patterns import PATTERNS
+from scratchlm.tokenizer.patterns import PATTERNS, WITH_SCANNER, Pattern
+from scratchlm.tokenizer.scanner_reference import TO_THE_END
 from scratchlm.tokenizer.unicode_classes import class_pages
 
 Scan = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]
@@ -64,9 +66,87 @@ class Scanner:
         return f"Scanner({self.name!r})"
 
 
-_SCANNERS = {PATTERNS["gpt2"]: Scanner("gpt2", "gpt2")}
+class RegexScanner:
+    """The same for any other pattern, by the `regex` library: slow, and equal. What a pattern leaves out between two matches
+    is a pre-token too.
+
+    Matches may depend on what stands to their left, so a text is searched from its beginning; a call that goes on where the
+    last one in this thread stopped goes on with its search.
+
+    Args:
+        pattern: a name or a pattern of the `regex` library.
+
+    Raises:
+        UserError: the pattern is none.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = Pattern(pattern)
+        self.name = self._pattern.name
+        self._open = threading.local()
+
+    def __call__(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
+        row, (region, at) = 0, cursor.tolist()
+        while region < len(regions) and row < len(spans):
+            begin, end, following = regions[region].tolist()
+            for piece in self._from(data, begin, end, at):
+                spans[row] = at, at + piece
+                at += piece
+                row += 1
+                if row == len(spans):
+                    break
+            if at == end and row < len(spans):
+                spans[row] = -1, following
+                row += 1
+                region += 1
+                at = int(regions[region, 0]) if region < len(regions) else at
+        cursor[:] = region, at
+        return row
+
+    def _from(self, data: np.ndarray, begin: int, end: int, at: int) -> Iterator[int]:
+        """Lengths in bytes of the pre-tokens from `at` on."""
+        state = self._open.__dict__
+        text = (data.ctypes.data, begin, end)
+        if at == begin or state.get("text") != text or state["reached"] != at:
+            # `data` is kept so that no other can get its address.
+            state.update(text=text, data=data, reached=begin)
+            state["lengths"] = self._lengths(bytes(data[begin:end]).decode("utf-8", "surrogateescape"))
+            while state["reached"] < at:
+                state["reached"] += next(state["lengths"])
+        for length in state["lengths"]:
+            state["reached"] += length
+            yield length
+        state.clear()
+
+    def _lengths(self, text: str) -> Iterator[int]:
+        for piece in self._pattern.pieces(text):
+            yield len(piece) if piece.isascii() else len(piece.encode("utf-8", "surrogateescape"))
+
+    def __reduce__(self) -> tuple[type[RegexScanner], tuple[str]]:
+        return (RegexScanner, (self.name,))
+
+    def __repr__(self) -> str:
+        return f"RegexScanner({self.name!r})"
 
 
-def scanner_for(pattern: str) -> Scan | None:
-    """The scanner of a pattern's name, or of a text that says the same; None if there is none for it."""
-    return _SCANNERS.get(PATTERNS.get(pattern, pattern))
+_SCANNERS = {
+    "gpt2": Scanner("gpt2", "gpt2"),
+    "cl100k": Scanner("cl100k", "cl100k", 3 + TO_THE_END),
+    "llama3": Scanner("llama3", "cl100k", 3),
+    "qwen2": Scanner("qwen2", "cl100k", 1),
+    "o200k": Scanner("o200k", "o200k"),
+}
+
+
+def scanner_for(pattern: str) -> Scanner | None:
+    """The compiled scanner of a pattern's name, or of a text that says the same; None if there is none for it."""
+    return _SCANNERS.get(WITH_SCANNER.get(PATTERNS.get(pattern, pattern), ""))
+
+
+def any_scanner(pattern: str) -> Scan:
+    """The compiled scanner of `pattern`, or one that asks `regex`.
+
+    Raises:
+        UserError: the pattern is none.
+    """
+    return scanner_for(pattern) or RegexScanner(pattern)

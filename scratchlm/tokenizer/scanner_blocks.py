@@ -14,7 +14,9 @@ needs no other path.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -28,10 +30,11 @@ from numba.extending import intrinsic
 
 from scratchlm.tokenizer import scanner_reference as reference
 from scratchlm.tokenizer import unicode_classes
-from scratchlm.tokenizer.unicode_classes import LETTER, LOWER, MARK, NUMBER, SPACE, UPPER
 
 BLOCK = 64
+READ = BLOCK + 3  # bytes that are looked at for a block: its last may begin a character of four
 _ONE, _NONE, _ALL = np.uint64(1), np.uint64(0), np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_TOP = np.uint64(1 << 63)
 _BYTE, _WORD = ir.IntType(8), ir.IntType(64)
 
 built_in: Any = intrinsic  # for type checkers, who know nothing of the typing context that numba fills in
@@ -39,13 +42,15 @@ built_in: Any = intrinsic  # for type checkers, who know nothing of the typing c
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled as a part of whatever calls it."""
-    return numba.njit(nogil=True)(function)
+    return numba.njit(nogil=True, forceinline=True)(function)
 
 
+@functools.cache
 def inner_reference(name: str) -> Callable[..., Any]:
     """A function of ``scanner_reference.py``, compiled together with those it calls."""
-    parts = {part: inner(getattr(reference, part)) for part in ("character", "contraction")}
     plain = getattr(reference, name)
+    called = [part for part in plain.__code__.co_names if isinstance(getattr(reference, part, None), FunctionType)]
+    parts = {part: inner_reference(part) for part in called}
     return inner(FunctionType(plain.__code__, {**plain.__globals__, **parts}, name))
 
 
@@ -91,7 +96,7 @@ def _loop(sources: int) -> Any:
             end = regions[region, 1]
             while at < end and row < room:
                 starts = _NONE
-                if at + BLOCK <= len(data):
+                if at + READ <= len(data):
                     starts = block_starts(data, at, end, pages, leaves, option)
                 if starts == _NONE:
                     spans[row, 0] = at
@@ -136,6 +141,19 @@ def leading_zeros(typing_context: Any, mask: Any) -> Any:
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), generate
+
+
+@built_in
+def four_bytes(typing_context: Any, data: Any, at: Any) -> Any:
+    """``data[at:at + 4]`` as one number, the first byte highest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        start = builder.gep(array.data, [arguments[1]])
+        word = builder.load(builder.bitcast(start, ir.IntType(32).as_pointer()), align=1)
+        return word if sys.byteorder == "big" else builder.bswap(word)
+
+    return types.uint32(data, at), generate
 
 
 @built_in
@@ -194,44 +212,88 @@ def wide_masks(data, at, high, continuation, whole, pages, leaves):
     leads = high & ~continuation
     length = np.int64(BLOCK)
     while leads != _NONE:
-        place = trailing_zeros(leads)
+        place = np.uint64(trailing_zeros(leads))
         leads &= leads - _ONE
-        first = np.int64(data[at + place])
-        size = 2 if first < 0xE0 else (3 if first < 0xF0 else 4)
-        if place + size > BLOCK and whole:
-            length = place
-            break
-        tail = (first_bits(size - 1) << np.uint64(1)) << np.uint64(place)
-        if place + size > BLOCK or (continuation & tail) != tail:
-            continue
-        if size == 2:
-            point = (first & 0x1F) << 6 | np.int64(data[at + place + 1]) & 0x3F
-            if point < 0x80:
-                continue
-        elif size == 3:
-            point = (
-                (first & 0x0F) << 12
-                | (np.int64(data[at + place + 1]) & 0x3F) << 6
-                | np.int64(data[at + place + 2]) & 0x3F
+        word = np.uint64(four_bytes(data, at + np.int64(place)))
+        # A code point is the number of its page and six bits, which stand in its last byte.
+        if word < np.uint64(0xE000_0000):
+            tail = np.uint64(0b10)
+            page, low = word >> np.uint64(24) & np.uint64(0x1F), word >> np.uint64(16)
+            valid = page >= np.uint64(2)  # C0 and C1 would be ASCII
+        elif word < np.uint64(0xF000_0000):
+            tail = np.uint64(0b110)
+            page, low = (
+                word >> np.uint64(18) & np.uint64(0x3C0) | word >> np.uint64(16) & np.uint64(0x3F),
+                word >> np.uint64(8),
             )
-            if point < 0x800 or (point >> 11) == 27:
-                continue
+            valid = page >= np.uint64(0x20) and page >> np.uint64(5) != np.uint64(27)  # shorter ones; surrogates
         else:
-            point = (
-                (first & 0x0F) << 18
-                | (np.int64(data[at + place + 1]) & 0x3F) << 12
-                | (np.int64(data[at + place + 2]) & 0x3F) << 6
-                | np.int64(data[at + place + 3]) & 0x3F
-            )
-            if point < 0x10000 or point > 0x10FFFF or first > 0xF4:
-                continue
-        bits = np.int64(leaves[pages[point >> 6], point & 63])
-        mask = tail | _ONE << np.uint64(place)
-        tails |= tail
-        letters |= mask & np.uint64(-(bits & LETTER))
-        numbers |= mask & np.uint64(-((bits & NUMBER) // NUMBER))
-        white |= mask & np.uint64(-((bits & SPACE) // SPACE))
-        upper |= mask & np.uint64(-((bits & UPPER) // UPPER))
-        lower |= mask & np.uint64(-((bits & LOWER) // LOWER))
-        marks |= mask & np.uint64(-((bits & MARK) // MARK))
+            tail = np.uint64(0b1110)
+            page = word >> np.uint64(12) & np.uint64(0x7000) | word >> np.uint64(10) & np.uint64(0xFC0)
+            page, low = page | word >> np.uint64(8) & np.uint64(0x3F), word
+            valid = np.uint64(0x400) <= page < np.uint64(0x4400) and word < np.uint64(0xF800_0000)
+        if whole and (tail << place) >> place != tail:
+            length = np.int64(place)
+            break
+        shifted = tail << place
+        if not valid or (continuation & shifted) != shifted or (shifted >> place) != tail:
+            continue
+        bits = np.uint64(leaves[pages[page], low & np.uint64(0x3F)])
+        mask = shifted | _ONE << place
+        tails |= shifted
+        letters |= mask & (_NONE - (bits & _ONE))
+        numbers |= mask & (_NONE - (bits >> np.uint64(1) & _ONE))
+        white |= mask & (_NONE - (bits >> np.uint64(2) & _ONE))
+        upper |= mask & (_NONE - (bits >> np.uint64(3) & _ONE))
+        lower |= mask & (_NONE - (bits >> np.uint64(4) & _ONE))
+        marks |= mask & (_NONE - (bits >> np.uint64(5) & _ONE))
     return letters, numbers, white, upper, lower, marks, tails, length
+
+
+@inner
+def white_starts(white, lines, tails, inside):
+    r"""Where pre-tokens of white space begin, ``\s*[\r\n]+|\s+(?!\S)|\s+``.
+
+        white     0 1 1 1 1 1 1 1 0        text: x␣⏎␣⏎␣␣␣y
+        lines     0 0 1 0 1 0 0 0 0
+        starts    0 1 0 0 0 1 0 1 0        a run, what follows its last line end, its last character
+
+    Args:
+        white, lines: white space and the line ends among it that no pre-token before has taken.
+        tails, inside: bytes of characters after the first; all bytes that are text.
+    """
+    rest = white & ~lines
+    behind = (lines << _ONE) & rest  # where white space goes on behind a line end …
+    if behind != _NONE:
+        more = (behind + rest) & ~rest & lines  # … and another line end follows: that one counts
+        while more != _NONE:
+            lowest = more & (_NONE - more)
+            more ^= lowest
+            behind ^= _TOP >> np.uint64(leading_zeros(behind & (lowest - _ONE)))
+    last = rest & ~(white >> _ONE) & (inside >> _ONE)  # what follows is not white, and in sight
+    last = last & ~tails | (last & tails) >> _ONE  # from its last byte to its first: there are at most three
+    last = last & ~tails | (last & tails) >> _ONE
+    return white & ~(white << _ONE) | behind | last
+
+
+@inner
+def run_start_at_end(run, inside, length):
+    """How many bits stand up to the beginning of the run that the block's end is in, that bit included."""
+    before = inside & ~run
+    return 0 if before == _NONE else BLOCK + 1 - leading_zeros(before)
+
+
+@inner
+def digit_starts(numbers, tails, most):
+    """Where groups of at most `most` digits begin."""
+    if most == 1:
+        return numbers & ~tails
+    heads = ~tails
+    group = numbers & ~(numbers << _ONE)
+    starts = group
+    while group != _NONE:  # three characters on, if there are that many
+        group = ((group << _ONE) + tails) & heads & numbers
+        group = ((group << _ONE) + tails) & heads & numbers
+        group = ((group << _ONE) + tails) & heads & numbers
+        starts |= group
+    return starts

@@ -23,8 +23,9 @@ from scratchlm.tokenizer.scanner_blocks import (
     first_bits,
     inner,
     inner_reference,
-    leading_zeros,
+    run_start_at_end,
     trailing_zeros,
+    white_starts,
     wide_masks,
 )
 
@@ -36,7 +37,8 @@ _contraction = inner_reference("contraction")
 def _starts(data, at, end, pages, leaves, option):
     length = end - at
     whole = length > BLOCK  # the text goes on behind the block
-    length = min(length, BLOCK)
+    if whole:
+        length = BLOCK
     upper, lower, numbers, white, blanks, _, apostrophes, _, high, continuation = ascii_masks(data, at)
     letters = upper | lower
     inside = first_bits(length)
@@ -56,15 +58,12 @@ def _starts(data, at, end, pages, leaves, option):
 
     starts = letters & ~(letters << _ONE) | numbers & ~(numbers << _ONE) | others & ~(others << _ONE)
     starts &= ~(blanks << _ONE)
-    last = white & ~(white >> _ONE) & (inside >> _ONE)  # white, and what follows is not and is in sight
-    last = last & ~tails | (last & tails) >> _ONE  # from its last byte to its first: at most three
-    last = last & ~tails | (last & tails) >> _ONE
-    starts |= white & ~(white << _ONE) | last
+    starts |= white_starts(white, _NONE, tails, inside)
     apostrophes &= starts
     while apostrophes != _NONE:
         place = trailing_zeros(apostrophes)
         apostrophes &= apostrophes - _ONE
-        size = _contraction(data, at + place, end)
+        size = _contraction(data, at + place, end, False)
         if size > 0:
             starts &= ~(_TWO << np.uint64(place))
             if place + size < BLOCK:
@@ -74,10 +73,7 @@ def _starts(data, at, end, pages, leaves, option):
             starts |= _ONE << np.uint64(length)
     elif (white >> np.uint64(length - 1)) & _ONE != _NONE:
         # Where the white space ends is out of sight: only its beginning is certain.
-        before = inside & ~white
-        if before == _NONE:
-            return _NONE
-        starts &= first_bits(BLOCK + 1 - leading_zeros(before))
+        starts &= first_bits(run_start_at_end(white, inside, length))
     return starts & ~_ONE
 
 

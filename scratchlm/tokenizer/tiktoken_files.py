@@ -236,7 +236,7 @@ def load_tiktoken(
     if pattern is None and known is None:
         raise UserError(
             f"rank file {path} does not hold its pattern, and its name is none of {', '.join(KNOWN)}: give the pattern "
-            f"(and the special tokens)"
+            f"(and the special tokens), as `scratchlm tokenizer convert --pattern` does"
         )
     ranks = read_ranks(path)
     if known is not None and len(ranks) != known.ranks:

@@ -99,4 +99,4 @@ def learn_merges(words: dict[bytes, int], merges: int, min_frequency: int = 1, s
         # Imported here: Numba costs more to import than all the rest of this room.
         from scratchlm.tokenizer.merging_fast import merge_words_fast
 
-        return merge_words_fast(words, merges, min_frequency, bar.update)
+        return merge_words_fast(words, merges, min_frequency, bar.update, show)

@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.config import TrainConfig
 from scratchlm.errors import UserError
 from scratchlm.kernels.cross_entropy import IGNORE_INDEX
-from scratchlm.model.config import ModelConfig
+from scratchlm.sizes import parse_bytes
 from scratchlm.train.checkpoint import generator_states, restore_generators
 
 MARGIN = 0.1
 """Share of the memory that an estimate leaves free: for the allocator's gaps and the libraries' own buffers."""
 
-_UNITS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
 _MESSAGES = (
     "can't allocate memory",  # torch's allocator on a CPU
     "not enough memory",  # the same on Windows
@@ -67,36 +66,6 @@ class Plan:
 
     need: Callable[[int, int, str], Need]
     probe: Callable[[int], Any]
-
-
-def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig) -> Plan:
-    """That of language modelling: a step traced without memory (:func:`scratchlm.resources.step.trace_step`).
-
-    Args:
-        config: the architecture, with its vocabulary.
-        optim, train: sections of the recipe.
-    """
-
-    def need(micro_batch: int, parts: int, precision: str) -> Need:
-        from scratchlm.resources.step import trace_step  # which imports the loss: a cycle at module level
-
-        trace = trace_step(
-            config, optim, train, precision=precision, micro_batch=micro_batch, accumulation=parts
-        ).trace
-        state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")
-        return Need(trace.peak()[1], state)
-
-    def probe(sequences: int) -> Any:
-        from scratchlm.data.loader import Batch
-
-        shape = sequences, config.context_length
-        ids = torch.randint(config.vocab_size, shape)
-        places = documents = None
-        if train.document_boundaries:
-            places, documents = torch.arange(shape[1]).repeat(sequences, 1), torch.zeros_like(ids)
-        return Batch(ids, torch.randint(config.vocab_size, shape), places, documents)
-
-    return Plan(need, probe)
 
 
 def divisors(number: int) -> list[int]:
@@ -136,19 +105,6 @@ def largest(batch_size: int, budget: float, need: Callable[[int], Need]) -> tupl
     if found not in needs:
         needs[found] = need(found)
     return found, needs[found], needs[found].peak <= budget
-
-
-def parse_bytes(text: str) -> int:
-    """``"8GB"`` → 8 · 10⁹, ``"512MiB"`` → 512 · 2²⁰; a number alone is bytes.
-
-    Raises:
-        UserError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(i?)B)?", text)
-    if found is None or (found[3] and not found[2]):
-        raise UserError(f"memory {text!r} is no size; write it like 8GB or 512MiB")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** _UNITS[found[2] or ""])
 
 
 def readable(size: float) -> str:

@@ -6,7 +6,6 @@ twice), and MFU = FLOPs per second / peak of the device.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -21,34 +20,8 @@ import torch
 from scratchlm.errors import UserError
 
 Utilisation = Callable[[float, str], float | None]
-"""(FLOP/s, precision) → share of the device's peak; None: nobody knows the peak. A UserError: the peak is wrong."""
-
-
-def mfu_on(device: torch.device) -> Utilisation:
-    """Shares of the peak that was measured on this machine, else of that which the maker of a known device prints."""
-
-    @functools.cache
-    def peak_in(precision: str) -> tuple[float, str, str] | None:
-        from scratchlm.resources.devices import this_machine
-        from scratchlm.resources.utilisation import Utilisation as Peaks
-
-        machine = this_machine(device)
-        try:
-            peaks = Peaks.on(machine, precision, 0.0)
-        except UserError:  # this machine has no peak in this dtype
-            return None
-        for peak, name in ((peaks.measured_peak, "measured"), (peaks.datasheet_peak, "datasheet")):
-            if peak is not None:
-                return peak, f"{peaks.device} in {precision}", name
-        return None
-
-    def share(flops_per_second: float, precision: str) -> float | None:
-        from scratchlm.resources.utilisation import mfu
-
-        found = peak_in(precision)
-        return None if found is None else mfu(flops_per_second, found[0], of=found[1], name=found[2])
-
-    return share
+"""(FLOP/s, precision) → share of the device's peak; None: nobody knows the peak. A UserError: the peak is wrong.
+Such as :func:`scratchlm.resources.utilisation.mfu_on`, which the loop is given."""
 
 
 def memory_in_use(device: torch.device) -> int | None:

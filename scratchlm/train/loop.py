@@ -364,11 +364,17 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         self.optimizers.zero_grad()  # 2
         for batch in micro_batches:
+            self._begins("forward")
             with autocast(self.state.precision, self.device):
                 loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
+            self._begins("backward")
             (loss / max(tokens, 1)).backward()  # 5
             total += loss.detach()
+        self._begins("optimizer")
         return total
+
+    def _begins(self, phase: str) -> None:
+        """For who wants to know (:mod:`scratchlm.resources.profile_timing`): a part of the step begins."""
 
     def _skip(self, loss: float, norm: float) -> float:
         """The policy for a loss or gradient that is not finite: leave the weights alone, count, stop after too many."""

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from scratchlm.cli import main
-from scratchlm.commands.resources import parse_size
-from scratchlm.errors import UserError
 from scratchlm.resources.tables import si
 
 TINY = """name = "tiny"
@@ -49,6 +47,26 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return err
 
 
+def test_help_is_short_and_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resources", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "RECIPE",
+        "PRESET",
+        "--device",
+        "--dtype",
+        "--micro-batch",
+        "--memory",
+        "--html",
+        "--json",
+        "--field",
+    ):
+        assert word in out
+    for below in ("devices", "measure", "dtypes"):
+        assert f"resources {below}" in out
+    assert out.count("\n") < 30
+
+
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resources", "tiny.toml", "--device", "h100", "--model.layers", "2"]) == 0
     out = capsys.readouterr().out
@@ -56,6 +74,9 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     for word in (
         "tiny",
         "parameters",
+        "active",
+        "gradients",
+        "the chunked loss makes its gradients in the forward pass",
         "peak memory",
         "KV cache",
         "step time",
@@ -163,7 +184,7 @@ def test_a_page_is_never_replaced(folder: Path, capsys: pytest.CaptureFixture[st
         (["tiny.toml", "--device", "h10"], "device 'h10' is unknown; did you mean h100"),
         (["tiny.toml", "--dtype", "fp8"], "dtype"),
         (["tiny.toml", "--micro-batch", "3"], "--micro-batch 3 does not divide train.batch_size = 4"),
-        (["tiny.toml", "--memory", "much"], "--memory 'much' is no size"),
+        (["tiny.toml", "--memory", "much"], "memory 'much' is no size"),
         (["tiny.toml", "--memory", "0GB"], "nothing fits in that"),
         (["tiny.toml", "--price", "-1"], "price"),
         (["tiny.toml", "--price", "nan"], "price"),
@@ -174,17 +195,3 @@ def test_a_page_is_never_replaced(folder: Path, capsys: pytest.CaptureFixture[st
 )
 def test_what_is_wrong_is_said_in_a_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in refused(capsys, *options)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("80GB", 80e9), ("24 GiB", 24 * 2**30), ("512mb", 512e6), ("1.5T", 1.5e12), ("8e10", 8e10), ("1000", 1000.0)],
-)
-def test_sizes(text: str, size: float) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 GB 2", "inf", "80GX", "9" * 50])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(UserError, match="is no size"):
-        parse_size(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import regex
 from hypothesis import strategies as st
@@ -101,13 +103,16 @@ texts = st.lists(pieces, max_size=60).map(b"".join)
 
 
 def expected(pattern: str, text: bytes) -> list[tuple[int, int]]:
-    """Spans of the pre-tokens in bytes."""
-    spans, end = [], 0
-    for piece in regex.findall(pattern, text.decode("utf-8", "surrogateescape")):
-        start, end = end, end + len(piece.encode("utf-8", "surrogateescape"))
-        spans.append((start, end))
-    assert end == len(text)
-    return spans
+    """Spans of the pre-tokens in bytes: of all non-empty matches, and of what lies between."""
+    characters = text.decode("utf-8", "surrogateescape")
+    cuts = {0, len(characters)}
+    for match in regex.finditer(pattern, characters):
+        if match.group():
+            cuts |= {match.start(), match.end()}
+    places = [0]
+    for start, end in pairwise(sorted(cuts)):
+        places.append(places[-1] + len(characters[start:end].encode("utf-8", "surrogateescape")))
+    return list(pairwise(places))
 
 
 def scan_all(scan, data: bytes, regions: list[tuple[int, int, int]], capacity: int = 4096) -> list[tuple[int, int]]:

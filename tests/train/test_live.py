@@ -19,11 +19,12 @@ from scratchlm.cli import main
 from scratchlm.data.loader import Batch
 from scratchlm.errors import UserError
 from scratchlm.model import Transformer
-from scratchlm.resources import devices
 from scratchlm.resources import measurement as measurement_module
-from scratchlm.resources.devices import Device
+from scratchlm.resources import utilisation
+from scratchlm.resources.devices import Device, find
+from scratchlm.resources.utilisation import mfu_on
 from scratchlm.train.checkpoint import save_checkpoint
-from scratchlm.train.live import Live, memory_in_use, mfu_on
+from scratchlm.train.live import Live, memory_in_use
 from scratchlm.train.metrics import read_metrics
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_a_peak_that_nobody_knows_leaves_it_out() -> None:
 
 
 def test_the_measured_peak_comes_before_the_printed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "this_machine", lambda _: device("2026-01-01", fp32=4e9))
+    monkeypatch.setattr(utilisation, "this_machine", lambda _: device("2026-01-01", fp32=4e9))
     monkeypatch.setattr("scratchlm.resources.utilisation.known", lambda: {"box": device(fp32=8e9, bf16=16e9)})
     share = mfu_on(CPU)
     assert share(1e9, "fp32") == pytest.approx(0.25)
@@ -94,16 +95,16 @@ def test_the_measured_peak_comes_before_the_printed_one(monkeypatch: pytest.Monk
 
 
 def test_a_known_device_has_its_makers_peak_and_an_unknown_one_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    h100 = devices.find("h100-sxm")
-    monkeypatch.setattr(devices, "this_machine", lambda _: h100)
+    h100 = find("h100-sxm")
+    monkeypatch.setattr(utilisation, "this_machine", lambda _: h100)
     assert mfu_on(CPU)(1e14, "bf16") == pytest.approx(1e14 / h100.peak("bf16"))
-    monkeypatch.setattr(devices, "this_machine", lambda _: device())
+    monkeypatch.setattr(utilisation, "this_machine", lambda _: device())
     assert mfu_on(CPU)(1e14, "bf16") is None
 
 
 def test_the_machine_is_asked_once_per_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(devices, "this_machine", lambda given: asked.append(given) or device(fp32=1e9))
+    monkeypatch.setattr(utilisation, "this_machine", lambda given: asked.append(given) or device(fp32=1e9))
     share = mfu_on(CPU)
     assert [share(speed, "fp32") for speed in (1e8, 2e8, 3e8)] == pytest.approx([0.1, 0.2, 0.3])
     assert share(1.0, "bf16") is None and share(2.0, "bf16") is None
@@ -129,7 +130,7 @@ def test_lines_of_a_run_hold_them(tmp_path: Path) -> None:
 def test_the_command_line_shows_them(
     small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "this_machine", lambda _: device("2026-01-01", fp32=1e13))
+    monkeypatch.setattr(utilisation, "this_machine", lambda _: device("2026-01-01", fp32=1e13))
     assert main(["train", "small.toml", "--train.steps", "4"]) == 0
     (record,) = lines(small / "runs/small", "train")
     assert record["mfu"] == pytest.approx(record["flops_per_second"] / 1e13)

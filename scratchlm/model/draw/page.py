@@ -23,6 +23,7 @@ from scratchlm.model.draw.positions import position_pictures
 from scratchlm.model.draw.routers import router_picture
 from scratchlm.model.draw.style import Picture
 from scratchlm.model.transformer import Transformer
+from scratchlm.pages import page_templates
 from scratchlm.progress import progress
 
 MARK = "drawing.json"
@@ -135,16 +136,7 @@ def draw_model(
 
 
 def _render(model: Transformer, config: ModelConfig, name: str, source: str, shown: list[dict[str, Any]]) -> str:
-    import jinja2
-
-    # autoescape: names are text from elsewhere and may hold markup.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scratchlm.model.draw", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_templates("scratchlm.model.draw")
     per_token, bounded = growing_and_bounded_bytes(config)
     # Prediction modules stay at home when the model is used: they are counted apart.
     modules: list[Any] = list(model.predictions)

@@ -1,0 +1,42 @@
+"""What training needs to know of its memory before it runs: for ``train.micro_batch = auto``.
+
+The training loop is given it (:class:`scratchlm.train.fitting.Plan`) and imports nothing from here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.data.loader import Batch
+from scratchlm.model.config import ModelConfig
+from scratchlm.resources.step import trace_step
+from scratchlm.train.fitting import Need, Plan
+
+
+def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig) -> Plan:
+    """That of language modelling: a step traced without memory.
+
+    Args:
+        config: the architecture, with its vocabulary.
+        optim, train: sections of the recipe.
+    """
+
+    def need(micro_batch: int, parts: int, precision: str) -> Need:
+        trace = trace_step(
+            config, optim, train, precision=precision, micro_batch=micro_batch, accumulation=parts
+        ).trace
+        state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")
+        return Need(trace.peak()[1], state)
+
+    def probe(sequences: int) -> Any:
+        shape = sequences, config.context_length
+        ids = torch.randint(config.vocab_size, shape)
+        places = documents = None
+        if train.document_boundaries:
+            places, documents = torch.arange(shape[1]).repeat(sequences, 1), torch.zeros_like(ids)
+        return Batch(ids, torch.randint(config.vocab_size, shape), places, documents)
+
+    return Plan(need, probe)
