@@ -33,16 +33,18 @@ from scratchlm.tokenizer import unicode_classes
 
 BLOCK = 64
 READ = BLOCK + 3  # bytes that are looked at for a block: its last may begin a character of four
-_ONE, _NONE, _ALL = np.uint64(1), np.uint64(0), np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_TOP = np.uint64(1 << 63)
 _BYTE, _WORD = ir.IntType(8), ir.IntType(64)
 
 built_in: Any = intrinsic  # for type checkers, who know nothing of the typing context that numba fills in
 
 
+# Functions that are never called from Python need nothing for it.
+_PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled as a part of whatever calls it."""
-    return numba.njit(nogil=True, forceinline=True)(function)
+    """Compiled as a part of whatever calls it (a call that hands over arrays would count references, which is slow)."""
+    return numba.njit(forceinline=True, **_PART)(function)
 
 
 @functools.cache
@@ -51,7 +53,10 @@ def inner_reference(name: str) -> Callable[..., Any]:
     plain = getattr(reference, name)
     called = [part for part in plain.__code__.co_names if isinstance(getattr(reference, part, None), FunctionType)]
     parts = {part: inner_reference(part) for part in called}
-    return inner(FunctionType(plain.__code__, {**plain.__globals__, **parts}, name))
+    copy = FunctionType(plain.__code__, {**plain.__globals__, **parts}, name)
+    if name in ("character", "contraction"):
+        return inner(copy)
+    return numba.njit(**_PART)(copy)
 
 
 def _sources() -> int:
@@ -95,20 +100,20 @@ def _loop(sources: int) -> Any:
         while region < len(regions) and row < room and sources > 0:
             end = regions[region, 1]
             while at < end and row < room:
-                starts = _NONE
+                starts = 0
                 if at + READ <= len(data):
                     starts = block_starts(data, at, end, pages, leaves, option)
-                if starts == _NONE:
+                if starts == 0:
                     spans[row, 0] = at
                     at = match(data, at, end, pages, leaves, option)
                     spans[row, 1] = at
                     row += 1
                 block = at
-                while starts != _NONE and row < room:
+                while starts != 0 and row < room:
                     spans[row, 0] = at
                     at = block + trailing_zeros(starts)
                     spans[row, 1] = at
-                    starts &= starts - _ONE
+                    starts &= starts - 1
                     row += 1
             if at >= end and row < room:
                 spans[row, 0] = -1
@@ -130,7 +135,7 @@ def trailing_zeros(typing_context: Any, mask: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.int64(types.uint64), generate
+    return types.int64(types.int64), generate
 
 
 @built_in
@@ -140,7 +145,17 @@ def leading_zeros(typing_context: Any, mask: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.int64(types.uint64), generate
+    return types.int64(types.int64), generate
+
+
+@built_in
+def down(typing_context: Any, mask: Any, count: Any) -> Any:
+    """`mask` shifted to the right by less than 64, zeros coming in: masks are signed, and ``>>`` would copy the sign."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.lshr(arguments[0], arguments[1])
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @built_in
@@ -151,9 +166,10 @@ def four_bytes(typing_context: Any, data: Any, at: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         start = builder.gep(array.data, [arguments[1]])
         word = builder.load(builder.bitcast(start, ir.IntType(32).as_pointer()), align=1)
-        return word if sys.byteorder == "big" else builder.bswap(word)
+        word = word if sys.byteorder == "big" else builder.bswap(word)
+        return builder.zext(word, _WORD)
 
-    return types.uint32(data, at), generate
+    return types.int64(data, at), generate
 
 
 @built_in
@@ -186,13 +202,13 @@ def ascii_masks(typing_context: Any, data: Any, at: Any) -> Any:
         ]  # fmt: skip
         return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, _WORD) for mask in masks])
 
-    return types.UniTuple(types.uint64, 10)(data, at), generate
+    return types.UniTuple(types.int64, 10)(data, at), generate
 
 
 @inner
 def first_bits(count):
-    """A mask of the lowest `count` bits, 0 ≤ count ≤ 64."""
-    return _ALL if count >= 64 else (_ONE << np.uint64(count)) - _ONE
+    """A mask of the lowest `count` bits, 0 ≤ count."""
+    return (1 << count) - 1 if count < BLOCK else -1
 
 
 @inner
@@ -208,45 +224,42 @@ def wide_masks(data, at, high, continuation, whole, pages, leaves):
         letters, numbers, white space, upper case, lower case, marks, tails; and how many bytes of the block they tell of:
         less than 64 where the block's end would cut a character in two.
     """
-    letters = numbers = white = upper = lower = marks = tails = _NONE
+    letters = numbers = white = upper = lower = marks = tails = 0
     leads = high & ~continuation
-    length = np.int64(BLOCK)
-    while leads != _NONE:
-        place = np.uint64(trailing_zeros(leads))
-        leads &= leads - _ONE
-        word = np.uint64(four_bytes(data, at + np.int64(place)))
+    length = BLOCK
+    while leads != 0:
+        place = trailing_zeros(leads)
+        leads &= leads - 1
+        word = four_bytes(data, at + place)
         # A code point is the number of its page and six bits, which stand in its last byte.
-        if word < np.uint64(0xE000_0000):
-            tail = np.uint64(0b10)
-            page, low = word >> np.uint64(24) & np.uint64(0x1F), word >> np.uint64(16)
-            valid = page >= np.uint64(2)  # C0 and C1 would be ASCII
-        elif word < np.uint64(0xF000_0000):
-            tail = np.uint64(0b110)
-            page, low = (
-                word >> np.uint64(18) & np.uint64(0x3C0) | word >> np.uint64(16) & np.uint64(0x3F),
-                word >> np.uint64(8),
-            )
-            valid = page >= np.uint64(0x20) and page >> np.uint64(5) != np.uint64(27)  # shorter ones; surrogates
+        if word < 0xE000_0000:
+            tail = 0b10
+            page, low = word >> 24 & 0x1F, word >> 16
+            valid = page >= 2  # C0 and C1 would be ASCII
+        elif word < 0xF000_0000:
+            tail = 0b110
+            page, low = word >> 18 & 0x3C0 | word >> 16 & 0x3F, word >> 8
+            valid = page >= 0x20 and page >> 5 != 27  # not shorter ones, nor surrogates
         else:
-            tail = np.uint64(0b1110)
-            page = word >> np.uint64(12) & np.uint64(0x7000) | word >> np.uint64(10) & np.uint64(0xFC0)
-            page, low = page | word >> np.uint64(8) & np.uint64(0x3F), word
-            valid = np.uint64(0x400) <= page < np.uint64(0x4400) and word < np.uint64(0xF800_0000)
-        if whole and (tail << place) >> place != tail:
-            length = np.int64(place)
-            break
+            tail = 0b1110
+            page, low = word >> 12 & 0x7000 | word >> 10 & 0xFC0 | word >> 8 & 0x3F, word
+            valid = page >= 0x400 and page < 0x4400 and word < 0xF800_0000
         shifted = tail << place
-        if not valid or (continuation & shifted) != shifted or (shifted >> place) != tail:
+        cut = down(shifted, place) != tail
+        if cut and whole:
+            length = place
+            break
+        if cut or not valid or continuation & shifted != shifted:
             continue
-        bits = np.uint64(leaves[pages[page], low & np.uint64(0x3F)])
-        mask = shifted | _ONE << place
+        bits = np.int64(leaves[pages[page], low & 0x3F])
+        mask = shifted | 1 << place
         tails |= shifted
-        letters |= mask & (_NONE - (bits & _ONE))
-        numbers |= mask & (_NONE - (bits >> np.uint64(1) & _ONE))
-        white |= mask & (_NONE - (bits >> np.uint64(2) & _ONE))
-        upper |= mask & (_NONE - (bits >> np.uint64(3) & _ONE))
-        lower |= mask & (_NONE - (bits >> np.uint64(4) & _ONE))
-        marks |= mask & (_NONE - (bits >> np.uint64(5) & _ONE))
+        letters |= mask & -(bits & 1)
+        numbers |= mask & -(bits >> 1 & 1)
+        white |= mask & -(bits >> 2 & 1)
+        upper |= mask & -(bits >> 3 & 1)
+        lower |= mask & -(bits >> 4 & 1)
+        marks |= mask & -(bits >> 5 & 1)
     return letters, numbers, white, upper, lower, marks, tails, length
 
 
@@ -263,24 +276,24 @@ def white_starts(white, lines, tails, inside):
         tails, inside: bytes of characters after the first; all bytes that are text.
     """
     rest = white & ~lines
-    behind = (lines << _ONE) & rest  # where white space goes on behind a line end …
-    if behind != _NONE:
+    behind = (lines << 1) & rest  # where white space goes on behind a line end …
+    if behind != 0:
         more = (behind + rest) & ~rest & lines  # … and another line end follows: that one counts
-        while more != _NONE:
-            lowest = more & (_NONE - more)
+        while more != 0:
+            lowest = more & (0 - more)
             more ^= lowest
-            behind ^= _TOP >> np.uint64(leading_zeros(behind & (lowest - _ONE)))
-    last = rest & ~(white >> _ONE) & (inside >> _ONE)  # what follows is not white, and in sight
-    last = last & ~tails | (last & tails) >> _ONE  # from its last byte to its first: there are at most three
-    last = last & ~tails | (last & tails) >> _ONE
-    return white & ~(white << _ONE) | behind | last
+            behind ^= 1 << 63 - leading_zeros(behind & (lowest - 1))
+    last = rest & ~down(white, 1) & down(inside, 1)  # what follows is not white, and in sight
+    last = last & ~tails | down(last & tails, 1)  # from its last byte to its first: there are at most three
+    last = last & ~tails | down(last & tails, 1)
+    return white & ~(white << 1) | behind | last
 
 
 @inner
 def run_start_at_end(run, inside, length):
     """How many bits stand up to the beginning of the run that the block's end is in, that bit included."""
     before = inside & ~run
-    return 0 if before == _NONE else BLOCK + 1 - leading_zeros(before)
+    return 0 if before == 0 else BLOCK + 1 - leading_zeros(before)
 
 
 @inner
@@ -289,11 +302,11 @@ def digit_starts(numbers, tails, most):
     if most == 1:
         return numbers & ~tails
     heads = ~tails
-    group = numbers & ~(numbers << _ONE)
+    group = numbers & ~(numbers << 1)
     starts = group
-    while group != _NONE:  # three characters on, if there are that many
-        group = ((group << _ONE) + tails) & heads & numbers
-        group = ((group << _ONE) + tails) & heads & numbers
-        group = ((group << _ONE) + tails) & heads & numbers
+    while group != 0:  # three characters on, if there are that many
+        group = ((group << 1) + tails) & heads & numbers
+        group = ((group << 1) + tails) & heads & numbers
+        group = ((group << 1) + tails) & heads & numbers
         starts |= group
     return starts

@@ -15,8 +15,6 @@ one pre-token (cl100k as tiktoken has it today). Both stand in `option`.
 
 from __future__ import annotations
 
-import numpy as np
-
 from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
@@ -32,7 +30,6 @@ from scratchlm.tokenizer.scanner_blocks import (
 )
 from scratchlm.tokenizer.scanner_reference import TO_THE_END
 
-_ONE, _NONE = np.uint64(1), np.uint64(0)
 _contraction = inner_reference("contraction")
 
 
@@ -45,9 +42,9 @@ def _starts(data, at, end, pages, leaves, option):
     upper, lower, numbers, white, blanks, lines, apostrophes, _, high, continuation = ascii_masks(data, at)
     letters = upper | lower
     inside = first_bits(length)
-    tails = _NONE
+    tails = 0
     high &= inside
-    if high != _NONE:
+    if high != 0:
         more = wide_masks(data, at, high, continuation & inside, whole, pages, leaves)
         letters |= more[0]
         numbers |= more[1]
@@ -62,29 +59,27 @@ def _starts(data, at, end, pages, leaves, option):
     lines &= inside
     others = inside & ~(letters | numbers | white)
 
-    opening = others & ~(others << _ONE) & ~(blanks << _ONE)  # others that no blank has joined
-    second = (
-        (opening << _ONE) + tails
-    ) & ~tails  # the character behind their first: adding 1 runs through its tails
-    starts = opening | letters & ~(letters << _ONE | (white & ~lines) << _ONE | second)
+    opening = others & ~(others << 1) & ~(blanks << 1)  # others that no blank has joined
+    second = ((opening << 1) + tails) & ~tails  # the character behind their first: adding 1 runs through its tails
+    starts = opening | letters & ~(letters << 1 | (white & ~lines) << 1 | second)
     starts |= digit_starts(numbers, tails, option & 7)
-    behind = (others << _ONE) & lines
+    behind = (others << 1) & lines
     taken = ((behind + lines) ^ lines) & lines  # adding 1 to a run of line ends flips it
     white &= ~taken
     starts |= white_starts(white, lines & ~taken, tails, inside)
     apostrophes &= opening
-    while apostrophes != _NONE:
+    while apostrophes != 0:
         place = trailing_zeros(apostrophes)
-        apostrophes &= apostrophes - _ONE
+        apostrophes &= apostrophes - 1
         size = _contraction(data, at + place, end, True)
         if size > 0 and place + size < BLOCK:
-            starts |= _ONE << np.uint64(place + size)
+            starts |= 1 << (place + size)
     # Where white space ends that reaches the block's end is out of sight: only its beginning is certain.
-    if (whole or option >= TO_THE_END) and (white >> np.uint64(length - 1)) & _ONE != _NONE:
+    if (whole or option >= TO_THE_END) and (white >> length - 1) & 1:
         starts &= first_bits(run_start_at_end(white, inside, length))
     if not whole and length < BLOCK:
-        starts |= _ONE << np.uint64(length)
-    return starts & ~_ONE
+        starts |= 1 << length
+    return starts & ~1
 
 
 scan = build("cl100k", _starts, inner_reference("match_cl100k"))

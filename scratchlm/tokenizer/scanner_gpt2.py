@@ -14,8 +14,6 @@ A block begins where a pre-token begins, so nothing has to be carried over from 
 
 from __future__ import annotations
 
-import numpy as np
-
 from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
@@ -29,7 +27,6 @@ from scratchlm.tokenizer.scanner_blocks import (
     wide_masks,
 )
 
-_ONE, _TWO, _NONE = np.uint64(1), np.uint64(2), np.uint64(0)
 _contraction = inner_reference("contraction")
 
 
@@ -42,9 +39,9 @@ def _starts(data, at, end, pages, leaves, option):
     upper, lower, numbers, white, blanks, _, apostrophes, _, high, continuation = ascii_masks(data, at)
     letters = upper | lower
     inside = first_bits(length)
-    tails = _NONE
+    tails = 0
     high &= inside
-    if high != _NONE:
+    if high != 0:
         more = wide_masks(data, at, high, continuation & inside, whole, pages, leaves)
         letters |= more[0]
         numbers |= more[1]
@@ -56,25 +53,25 @@ def _starts(data, at, end, pages, leaves, option):
     white &= inside
     others = inside & ~(letters | numbers | white)
 
-    starts = letters & ~(letters << _ONE) | numbers & ~(numbers << _ONE) | others & ~(others << _ONE)
-    starts &= ~(blanks << _ONE)
-    starts |= white_starts(white, _NONE, tails, inside)
+    starts = letters & ~(letters << 1) | numbers & ~(numbers << 1) | others & ~(others << 1)
+    starts &= ~(blanks << 1)
+    starts |= white_starts(white, 0, tails, inside)
     apostrophes &= starts
-    while apostrophes != _NONE:
+    while apostrophes != 0:
         place = trailing_zeros(apostrophes)
-        apostrophes &= apostrophes - _ONE
+        apostrophes &= apostrophes - 1
         size = _contraction(data, at + place, end, False)
         if size > 0:
-            starts &= ~(_TWO << np.uint64(place))
+            starts &= ~(2 << place)
             if place + size < BLOCK:
-                starts |= _ONE << np.uint64(place + size)
+                starts |= 1 << (place + size)
     if not whole:
         if length < BLOCK:
-            starts |= _ONE << np.uint64(length)
-    elif (white >> np.uint64(length - 1)) & _ONE != _NONE:
+            starts |= 1 << length
+    elif (white >> length - 1) & 1:
         # Where the white space ends is out of sight: only its beginning is certain.
         starts &= first_bits(run_start_at_end(white, inside, length))
-    return starts & ~_ONE
+    return starts & ~1
 
 
 scan = build("gpt2", _starts, inner_reference("match_gpt2"))

@@ -25,13 +25,12 @@ there. So it goes where letters follow a contraction, and where slashes follow l
 
 from __future__ import annotations
 
-import numpy as np
-
 from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
     build,
     digit_starts,
+    down,
     first_bits,
     inner,
     inner_reference,
@@ -41,7 +40,6 @@ from scratchlm.tokenizer.scanner_blocks import (
     wide_masks,
 )
 
-_ONE, _NONE = np.uint64(1), np.uint64(0)
 _contraction = inner_reference("contraction")
 
 
@@ -54,9 +52,9 @@ def _starts(data, at, end, pages, leaves, option):
     upper, lower, numbers, white, blanks, lines, apostrophes, slashes, high, continuation = ascii_masks(data, at)
     letters = upper | lower
     inside = first_bits(length)
-    tails = marks = _NONE
+    tails = marks = 0
     high &= inside
-    if high != _NONE:
+    if high != 0:
         more = wide_masks(data, at, high, continuation & inside, whole, pages, leaves)
         letters |= more[0]
         numbers |= more[1]
@@ -74,76 +72,76 @@ def _starts(data, at, end, pages, leaves, option):
     lines &= inside
     upper &= inside
     lower &= inside
-    limit = np.int64(BLOCK)  # boundaries from here on are not certain
+    limit = BLOCK  # boundaries from here on are not certain
 
     others = inside & ~(letters | numbers | white)
     plain = others & ~marks
     heads = plain & ~tails
     # The last byte of a plain character with another behind it, or a plain one behind a blank: all others from there on.
-    seeds = plain & (heads >> _ONE) | heads & (blanks << _ONE)
+    seeds = plain & down(heads, 1) | heads & (blanks << 1)
     joined = (((seeds + others) ^ others) | seeds) & others
     single = plain & ~joined
     letters |= marks & ~joined
-    starts = (heads & single | joined & ~(joined << _ONE) & ~tails) & ~(blanks << _ONE)
-    starts |= letters & ~(letters << _ONE | (white & ~lines) << _ONE | single << _ONE)
+    starts = (heads & single | joined & ~(joined << 1) & ~tails) & ~(blanks << 1)
+    starts |= letters & ~(letters << 1 | (white & ~lines) << 1 | single << 1)
     starts |= digit_starts(numbers, tails, 3)
 
     both = letters & ~(upper | lower)
     low = lower  # lower case and what is both behind it
-    if both != _NONE:
-        behind = (lower << _ONE) & both
+    if both != 0:
+        behind = (lower << 1) & both
         low |= (((behind + both) ^ both) | behind) & both
-        turn = upper & (both << _ONE)
-        while turn != _NONE:
+        turn = upper & (both << 1)
+        while turn != 0:
             place = trailing_zeros(turn)
-            turn &= turn - _ONE
-            stop = place + trailing_zeros(~(upper >> np.uint64(place)))
+            turn &= turn - 1
+            stop = place + trailing_zeros(~down(upper, place))
             if stop >= length:
                 if whole:
                     limit = place
                     break
-                starts |= _ONE << np.uint64(place)
-            elif (letters >> np.uint64(stop)) & _ONE == _NONE:
-                starts |= _ONE << np.uint64(place)
-    starts |= upper & (low << _ONE)
+                starts |= 1 << place
+            elif (letters >> stop) & 1 == 0:
+                starts |= 1 << place
+    starts |= upper & (low << 1)
 
-    behind = ((single | joined) << _ONE) & lines
+    behind = ((single | joined) << 1) & lines
     closing = lines | slashes & inside
     taken = (((behind + closing) ^ closing) | behind) & closing
     white &= ~taken
     starts |= white_starts(white, lines & ~taken, tails, inside)
     if whole:
         # Where white space ends that reaches the block's end is out of sight: only its beginning is certain.
-        if (white >> np.uint64(length - 1)) & _ONE != _NONE:
+        if (white >> length - 1) & 1:
             starts &= first_bits(run_start_at_end(white, inside, length))
     elif length < BLOCK:
-        starts |= _ONE << np.uint64(length)
+        starts |= 1 << length
 
-    apostrophes &= single & (letters << _ONE)
-    while apostrophes != _NONE:
+    apostrophes &= single & (letters << 1)
+    while apostrophes != 0:
         place = trailing_zeros(apostrophes)
-        apostrophes &= apostrophes - _ONE
+        apostrophes &= apostrophes - 1
         size = _contraction(data, at + place, end, True)
         if size > 0:
-            starts &= ~(first_bits(size) << np.uint64(place))
+            starts &= ~(first_bits(size) << place)
             stop = place + size
             if stop < BLOCK:
-                starts |= _ONE << np.uint64(stop)
-                if ((letters | apostrophes) >> np.uint64(stop)) & _ONE != _NONE:
+                starts |= 1 << stop
+                if ((letters | apostrophes) >> stop) & 1:
                     limit = min(limit, stop + 1)
                     break
     taken &= slashes
-    if taken != _NONE:
+    if taken != 0:
         place = trailing_zeros(taken)
-        stop = place + trailing_zeros(~(closing >> np.uint64(place)))
+        stop = place + trailing_zeros(~down(closing, place))
         if place < limit:
             limit = place
             if stop < length or not whole:
                 starts = starts & first_bits(place)
                 limit = stop + 1
                 if stop < BLOCK:
-                    starts |= _ONE << np.uint64(stop)
-    return starts & first_bits(limit) & ~_ONE
+                    starts |= 1 << stop
+    return starts & first_bits(limit) & ~1
 
 
 scan = build("o200k", _starts, inner_reference("match_o200k"))

@@ -115,16 +115,20 @@ def expected(pattern: str, text: bytes) -> list[tuple[int, int]]:
     return list(pairwise(places))
 
 
-def scan_all(scan, data: bytes, regions: list[tuple[int, int, int]], capacity: int = 4096) -> list[tuple[int, int]]:
-    """All rows, fetched `capacity` at a time; what stands beyond the rows returned must not have been touched."""
-    table = np.array(regions, np.int64).reshape(-1, 3)
-    cursor = np.array([0, regions[0][0] if regions else 0], np.int64)
+def scan_rows(scan, data: bytes, regions: np.ndarray, capacity: int = 4096) -> np.ndarray:
+    """All rows, fetched `capacity` at a time; what stands behind the rows returned must not have been touched."""
+    cursor = np.array([0, regions[0, 0] if len(regions) else 0], np.int64)
     spans = np.full((capacity + 1, 2), -7, np.int64)
-    rows: list[tuple[int, int]] = []
-    while (count := scan(np.frombuffer(data, np.uint8), table, cursor, spans[:capacity])) > 0:
+    rows = [np.empty((0, 2), np.int64)]
+    while (count := scan(np.frombuffer(data, np.uint8), regions, cursor, spans[:capacity])) > 0:
         assert count <= capacity
         assert (spans[count:] == -7).all()
-        rows += map(tuple, spans[:count].tolist())
+        rows.append(spans[:count].copy())
         spans[:] = -7
     assert cursor[0] == len(regions)
-    return rows
+    return np.concatenate(rows)
+
+
+def scan_all(scan, data: bytes, regions: list[tuple[int, int, int]], capacity: int = 4096) -> list[tuple[int, int]]:
+    """The same as a list."""
+    return list(map(tuple, scan_rows(scan, data, np.array(regions, np.int64).reshape(-1, 3), capacity).tolist()))
