@@ -172,6 +172,25 @@ def four_bytes(typing_context: Any, data: Any, at: Any) -> Any:
     return types.int64(data, at), generate
 
 
+def comparisons(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
+    """Generators of comparisons of 64 bytes at once: in a range, and with one value."""
+    vector = ir.VectorType(_BYTE, BLOCK)
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    start = builder.gep(array.data, [arguments[1]])
+    block = builder.load(builder.bitcast(start, vector.as_pointer()), align=1)
+
+    def all_(value: int) -> Any:
+        return ir.Constant(vector, [value] * BLOCK)
+
+    def between(low: int, high: int) -> Any:
+        return builder.icmp_unsigned("<", builder.sub(block, all_(low)), all_(high - low + 1))
+
+    def equal(value: int) -> Any:
+        return builder.icmp_unsigned("==", block, all_(value))
+
+    return between, equal
+
+
 @built_in
 def ascii_masks(typing_context: Any, data: Any, at: Any) -> Any:
     """Masks of ``data[at:at + 64]``, which must lie inside `data`.
@@ -181,20 +200,7 @@ def ascii_masks(typing_context: Any, data: Any, at: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = ir.VectorType(_BYTE, BLOCK)
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        start = builder.gep(array.data, [arguments[1]])
-        block = builder.load(builder.bitcast(start, vector.as_pointer()), align=1)
-
-        def all_(value: int) -> Any:
-            return ir.Constant(vector, [value] * BLOCK)
-
-        def between(low: int, high: int) -> Any:
-            return builder.icmp_unsigned("<", builder.sub(block, all_(low)), all_(high - low + 1))
-
-        def equal(value: int) -> Any:
-            return builder.icmp_unsigned("==", block, all_(value))
-
+        between, equal = comparisons(context, builder, signature, arguments)
         blank = equal(0x20)
         masks = [
             between(0x41, 0x5A), between(0x61, 0x7A), between(0x30, 0x39), builder.or_(blank, between(0x09, 0x0D)), blank,
@@ -203,6 +209,29 @@ def ascii_masks(typing_context: Any, data: Any, at: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, _WORD) for mask in masks])
 
     return types.UniTuple(types.int64, 10)(data, at), generate
+
+
+@built_in
+def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
+    """Masks of first and second bytes that by themselves say "letter", in ``data[at:at + 64]``.
+
+    Returns: first bytes of U+5000–9FFF and U+B000–CFFF (Chinese, Hangul: all letters without case); of U+0400–043F and of
+    U+0440–047F (Cyrillic); second bytes of U+0400–042F (upper case) and of U+0440–045F (lower case, as is U+0430–043F).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        between, equal = comparisons(context, builder, signature, arguments)
+        hangul = builder.or_(equal(0xEB), equal(0xEC))
+        masks = [
+            builder.or_(between(0xE5, 0xE9), hangul),
+            equal(0xD0),
+            equal(0xD1),
+            between(0x80, 0xAF),
+            between(0x80, 0x9F),
+        ]
+        return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, _WORD) for mask in masks])
+
+    return types.UniTuple(types.int64, 5)(data, at), generate
 
 
 @inner
@@ -224,8 +253,20 @@ def wide_masks(data, at, high, continuation, whole, pages, leaves):
         letters, numbers, white space, upper case, lower case, marks, tails; and how many bytes of the block they tell of:
         less than 64 where the block's end would cut a character in two.
     """
-    letters = numbers = white = upper = lower = marks = tails = 0
+    numbers = white = marks = 0
     leads = high & ~continuation
+    # The most frequent letters without a loop: three bytes of Chinese and Hangul, two of Cyrillic.
+    three, cyrillic, more_cyrillic, upper_half, lower_third = common_letters(data, at)
+    three &= leads & down(continuation, 1) & down(continuation, 2)
+    upper = cyrillic & down(upper_half, 1)
+    lower = cyrillic & ~upper | more_cyrillic & down(lower_third, 1)
+    upper &= leads & down(continuation, 1)
+    lower &= leads & down(continuation, 1)
+    leads &= ~(three | upper | lower)
+    tails = (three | upper | lower) << 1 | three << 2
+    upper |= upper << 1
+    lower |= lower << 1
+    letters = three | tails | upper | lower
     length = BLOCK
     while leads != 0:
         place = trailing_zeros(leads)

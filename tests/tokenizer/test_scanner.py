@@ -110,6 +110,19 @@ def test_classes_are_those_of_the_installed_regex():
     )
 
 
+def test_letters_known_by_their_bytes():
+    # What `common_letters` takes for granted.
+    classes = unicode_classes.code_point_classes()
+    upper, lower = (unicode_classes.LETTER | case for case in (unicode_classes.UPPER, unicode_classes.LOWER))
+    for first, last, bits in [
+        (0x5000, 0x9FFF, unicode_classes.LETTER),
+        (0xB000, 0xCFFF, unicode_classes.LETTER),
+        (0x400, 0x42F, upper),
+        (0x430, 0x45F, lower),
+    ]:
+        assert set(classes[first : last + 1].tolist()) == {bits}
+
+
 def test_pages_hold_every_code_point():
     pages, leaves = unicode_classes.class_pages()
     points = np.arange(unicode_classes.CODE_POINTS)
