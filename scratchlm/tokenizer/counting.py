@@ -4,9 +4,12 @@ Merges happen inside pre-tokens only, and equal pre-tokens merge alike, so a cor
 
     "low lower low<|endoftext|>low"   ──►   low: 2   ␣lower: 1   ␣low: 1
 
-Special tokens cut the text and are not counted. Files are read in ranges of a few megabytes, by several processes; a
+Special tokens cut the text and are not counted. Files are read in ranges of about a megabyte, by several threads; a
 range ends where no pre-token can reach across, so the table does not depend on how many there are. Memory grows with
 the number of distinct words only.
+
+Here is the plain way, which any pattern can go (with processes instead of threads), and which is quick enough for small
+texts. ``counting_fast.py`` counts the same with a compiled scanner.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ from scratchlm.errors import UserError
 from scratchlm.processes import MAX_WORKERS, Workers, cores
 from scratchlm.progress import progress
 from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.scanner import scanner_for
 from scratchlm.tokenizer.stream import SpecialSplitter, settle
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Bytes of a file, or characters of documents, that make one job.
 _JOB = 1 << 20
-# Below this much text helper processes cost more time than they save.
+# Below this much text helper processes cost more time than they save; below that, so does importing Numba.
 _WORTH_HELPERS = 3 << 20
+_WORTH_SCANNING = 4 << 20
+_ANY_LENGTH = 2**62
 _WINDOW = 1 << 16
 
 # No white space, and a separator or the suffix of a file with text.
@@ -238,33 +244,67 @@ def _parts(text: str, pattern: Pattern, splitter: SpecialSplitter) -> Iterator[s
     yield text[start:]
 
 
+def lone_surrogate(error: UnicodeEncodeError) -> UserError:
+    return UserError(f"training text holds a lone surrogate ({error}), which UTF-8 cannot hold; remove it")
+
+
+class Counted(NamedTuple):
+    """What a source holds.
+
+    Attributes:
+        words: of a small source UTF-8 bytes → occurrences, in ascending order of the bytes; else arrays in no particular order.
+        left_out: how many pre-tokens were longer than allowed.
+        left_out_bytes: their bytes.
+    """
+
+    words: dict[bytes, int] | WordCounts
+    left_out: int = 0
+    left_out_bytes: int = 0
+
+
 def count_words(
     source: Source,
     pattern: Pattern,
     specials: tuple[str, ...] = (),
     workers: int | None = None,
     show_progress: bool = False,
+    max_word_length: int | None = None,
 ) -> dict[bytes, int]:
+    """How often each pre-token occurs: `count` with a dict in ascending order of the bytes, whatever the size."""
+    words = count(source, pattern, specials, workers, show_progress, max_word_length).words
+    return dict(sorted(words.as_dict().items())) if isinstance(words, WordCounts) else words
+
+
+def count(
+    source: Source,
+    pattern: Pattern,
+    specials: tuple[str, ...] = (),
+    workers: int | None = None,
+    show_progress: bool = False,
+    max_word_length: int | None = None,
+) -> Counted:
     """How often each pre-token occurs.
 
     Args:
         source: a path, a list of paths (each file one text), or an iterable of documents (each str one text).
         pattern: how texts are cut.
         specials: hard boundaries, not counted.
-        workers: processes; None: one per core where there is enough text. The counts are the same for any number.
+        workers: threads, or processes for a pattern that has no compiled scanner; None: one per core where there is enough
+            text. The counts are the same for any number.
         show_progress: a bar on standard error.
-
-    Returns:
-        UTF-8 bytes of each pre-token → occurrences, in ascending order of the bytes.
+        max_word_length: pre-tokens of more bytes are left out; None: none are.
 
     Raises:
-        UserError: a file cannot be read or is not UTF-8; a document is not a str; `workers` is
+        UserError: a file cannot be read or is not UTF-8; a document is not a str; `workers` or `max_word_length` is
             less than one or too many.
     """
     if workers is not None and workers < 1:
-        raise UserError(f"workers = {workers}: at least one process must do the work")
+        raise UserError(f"workers = {workers}: at least one must do the work")
     if workers is not None and workers > MAX_WORKERS:
-        raise UserError(f"workers = {workers}: at most {MAX_WORKERS} processes can be started")
+        raise UserError(f"workers = {workers}: at most {MAX_WORKERS} can be started")
+    if max_word_length is not None and max_word_length < 1:
+        raise UserError(f"max_word_length = {max_word_length}: words have at least one byte")
+    longest = min(max_word_length or _ANY_LENGTH, _ANY_LENGTH)
     splitter = SpecialSplitter(specials)
     jobs: Iterator[FileRange | Documents]
     paths = _paths(source)
@@ -275,32 +315,43 @@ def count_words(
     else:
         jobs = _document_jobs(source, pattern, splitter)  # type: ignore[arg-type]
 
-    # Look ahead: a corpus that fits into the first jobs is counted here.
+    # Look ahead: what a small corpus holds is counted before Numba has been imported.
     first: list[FileRange | Documents] = []
+    size = 0
     for job in jobs:
         first.append(job)
-        if sum(job.size for job in first) >= _WORTH_HELPERS and len(first) > 1:
+        size += job.size
+        if size >= max(_WORTH_HELPERS, _WORTH_SCANNING) and len(first) > 1:
             break
-    enough = sum(job.size for job in first) >= _WORTH_HELPERS
     number = workers if workers is not None else cores()
+    scanner = scanner_for(pattern.name) if size >= _WORTH_SCANNING else None
     arguments = (pattern.name, tuple(specials))
     with progress(description="count words", total=total, bytes_=True, show=show_progress) as bar:
-        if number == 1 or not enough or len(first) < 2:
+        if scanner is not None:
+            from scratchlm.tokenizer.counting_fast import count_fast
+
+            threads = min(number, len(first))
+            words, left_out = count_fast(
+                chain(first, jobs), scanner, specials, threads, longest, bar.update, show_progress
+            )
+            return Counted(words, *left_out)
+        if number == 1 or size < _WORTH_HELPERS or len(first) < 2:
             counter = WordCounter(*arguments)
             for job in chain(first, jobs):
                 bar.update(counter(job))
             counts = counter.finish()
         else:
             with Workers(WordCounter, arguments, number) as pool:
-                for size in pool.map(chain(first, jobs)):
-                    bar.update(size)
+                for done in pool.map(chain(first, jobs)):
+                    bar.update(done)
                 counts = Counter()
                 for part in pool.finish():
                     counts.update(part)
     counts.pop("", None)
     try:
-        return dict(sorted((word.encode("utf-8"), count) for word, count in counts.items()))
+        encoded = sorted((word.encode("utf-8"), count) for word, count in counts.items())
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"training text holds a lone surrogate ({error}), which UTF-8 cannot hold; remove it"
-        ) from error
+        raise lone_surrogate(error) from error
+    kept = dict(item for item in encoded if len(item[0]) <= longest)
+    too_long = [(count, len(word) * count) for word, count in encoded if len(word) > longest]
+    return Counted(kept, sum(count for count, _ in too_long), sum(size for _, size in too_long))

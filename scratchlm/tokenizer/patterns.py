@@ -67,13 +67,22 @@ def _for_ascii(text: str) -> re.Pattern[str]:
     return re.compile("".join(pieces))
 
 
-# Places where each of the patterns above cuts whatever stands further left or right, and where neither side
-# changes when the other is taken away: a letter before " letter", and a single line end between other characters.
-_SAFE_CUT = regex.compile(r"(?<=\p{L})(?= \p{L})|(?<=\S\n)(?=\p{L})")
+_SEPARATOR = re.compile(r"[ \r\n]")
 
 # What lets a match depend on text to its left, on the absolute end, or on a search for the best of several matches.
 # With any of these, a match made in a part of a text says nothing about the whole.
 _CONTEXT = regex.compile(r"\(\?<[=!]|\(\*|\(\?\(|\\[bBmMAGKXRZz]|[$^]|\{[^}]*[<=eids]|\(\?[a-zA-Z]*[ebpmwx]")
+
+
+def _cut_anyway(text: str, at: int) -> bool:
+    """Whether each named pattern cuts before ``text[at]`` whatever stands further left or right, and cuts both sides alike
+    when the other is taken away. (Python's letters are letters for `regex` too, which knows a newer Unicode.)"""
+    before, behind = text[at - 1], text[at]
+    if behind == " ":  # of white space, only line ends may follow in one pre-token with something else
+        return not before.isspace()
+    if behind in "\r\n":
+        return before.isascii() and before.isalnum()
+    return before == "\n" and at > 1 and not text[at - 2].isspace() and behind.isalpha()
 
 
 class Pattern:
@@ -149,8 +158,13 @@ class Pattern:
         pre-tokenised alone. None where there is no such place, and for patterns without a name."""
         if not self.local:
             return None
-        match = _SAFE_CUT.search(text, start, *(() if stop is None else (stop,)))
-        return match.start() if match else None
+        stop = len(text) if stop is None else stop
+        for match in _SEPARATOR.finditer(text, max(start - 1, 1), stop):
+            at = match.start()
+            for cut in (at, at + 1):
+                if start <= cut < stop and _cut_anyway(text, cut):
+                    return cut
+        return None
 
     @functools.cached_property
     def _contextual(self) -> bool:

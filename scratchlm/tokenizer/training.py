@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from scratchlm.errors import UserError
 from scratchlm.progress import progress as progress_bar
-from scratchlm.tokenizer.counting import Source, count_words
+from scratchlm.tokenizer.counting import Source, WordCounts, count
 from scratchlm.tokenizer.merging import Pair, merge_words
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.stream import check_specials
@@ -38,6 +38,7 @@ def train_bpe(
     workers: int | None = None,
     progress: bool = False,
     special_first: bool = False,
+    max_word_length: int | None = None,
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes: Radford et al. 2019).
 
@@ -49,9 +50,12 @@ def train_bpe(
         special_tokens: cut the text, are never counted and never split.
         pattern: ``gpt2``, ``cl100k``, ``o200k`` or a pattern of the `regex` library.
         min_frequency: pairs that occur less often are not merged.
-        workers: processes that count; None: one per core. The result is the same for any number.
+        workers: threads that count (processes, for a pattern without a compiled scanner); None: one per core. The result
+            is the same for any number.
         progress: show bars on standard error.
         special_first: ids of special tokens before the bytes instead of after the merges.
+        max_word_length: bytes of a pre-token, at most; longer ones (base64, minified code, text without blanks) are left out
+            of the counts, and a warning says how many. None: all count. Encoding has no such limit.
 
     Returns:
         a tokenizer with at most `vocab_size` tokens; fewer, with a warning, where the text holds no more pairs.
@@ -75,8 +79,14 @@ def train_bpe(
         raise UserError(f"min_frequency = {min_frequency} is too large; no pair occurs more than {MAX_COUNT} times")
     if min_frequency < 1:
         raise UserError(f"min_frequency = {min_frequency}: a pair that occurs must occur at least once")
-    words = count_words(source, compiled, specials, workers, progress)
-    pairs = learn_merges(words, merges, min_frequency, progress)
+    counted = count(source, compiled, specials, workers, progress, max_word_length)
+    if counted.left_out:
+        warnings.warn(
+            f"{counted.left_out:,} pre-tokens of more than max_word_length = {max_word_length} bytes were left out "
+            f"({counted.left_out_bytes:,} bytes)",
+            stacklevel=2,
+        )
+    pairs = learn_merges(counted.words, merges, min_frequency, progress)
     if len(pairs) < merges:
         warnings.warn(
             f"the text holds only {len(pairs)} mergeable pairs that occur at least {min_frequency} times: the "
@@ -91,10 +101,12 @@ def train_bpe(
     return Tokenizer(vocab, [(tokens[left], tokens[right]) for left, right in pairs], list(specials), compiled.name)
 
 
-def learn_merges(words: dict[bytes, int], merges: int, min_frequency: int = 1, show: bool = False) -> list[Pair]:
+def learn_merges(
+    words: dict[bytes, int] | WordCounts, merges: int, min_frequency: int = 1, show: bool = False
+) -> list[Pair]:
     """The merge loop: the plain one for small inputs, its compiled twin (equal output) for large ones."""
     with progress_bar(description="merge pairs", total=merges, unit="merge", show=show) as bar:
-        if sum(map(len, words)) < _WORTH_COMPILING:
+        if isinstance(words, dict) and sum(map(len, words)) < _WORTH_COMPILING:
             return merge_words(words, merges, min_frequency, bar.update)
         # Imported here: Numba costs more to import than all the rest of this room.
         from scratchlm.tokenizer.merging_fast import merge_words_fast

@@ -10,19 +10,23 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import bpe_oracle as oracle
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scratchlm.config import Recipe
 from scratchlm.errors import UserError
 from scratchlm.section import validate
-from scratchlm.tokenizer import PATTERNS, Tokenizer, counting, merging_fast, train_bpe, training
+from scratchlm.tokenizer import PATTERNS, Tokenizer, counting, counting_fast, merging_fast, train_bpe, training
+from scratchlm.tokenizer.count_table import PAD, CountTable
 from scratchlm.tokenizer.counting import count_words
 from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.scanner import scanner_for
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +177,7 @@ def test_same_result_for_any_number_of_processes(tmp_path, monkeypatch):
     text = oracle.TEXT + oracle.EOT + oracle.TEXT.swapcase()
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
+    monkeypatch.setattr(counting, "scanner_for", lambda pattern: None)  # a pattern without one
     for source in (path, [path, path], [text], [text, "more text"]):
         alone = train_bpe(source, 500, oracle.OVERLAPPING, workers=1)
         assert not started
@@ -187,6 +192,7 @@ def test_same_result_for_any_number_of_processes(tmp_path, monkeypatch):
 def test_an_error_in_a_helper_process_reaches_the_caller(tmp_path, monkeypatch):
     monkeypatch.setattr(counting, "_JOB", 500)
     monkeypatch.setattr(counting, "_WORTH_HELPERS", 0)
+    monkeypatch.setattr(counting, "scanner_for", lambda pattern: None)
     path = tmp_path / "a.txt"
     broken = oracle.TEXT.encode()
     path.write_bytes(broken + b"\xff" + broken)
@@ -235,6 +241,167 @@ def test_documents_may_be_larger_than_memory():
 
     count_words(documents(), Pattern("gpt2"), workers=1)
     assert most < 100  # 3 MB look-ahead of 60 kB each, never all 200
+
+
+# ------------------------------------------------------------------ compiled counting
+
+
+@pytest.fixture
+def scanning(monkeypatch):
+    """The compiled way also for small texts, in small ranges and windows."""
+    for name, value in {"_WORTH_SCANNING": 0, "_JOB": 64, "_WINDOW": 256}.items():
+        monkeypatch.setattr(counting, name, value)
+    for name, value in {"_SPANS": 16, "_WINDOW": 48}.items():
+        monkeypatch.setattr(counting_fast, name, value)
+
+
+@given(
+    text=oracle.special_texts,
+    specials=st.sampled_from([(), tuple(oracle.OVERLAPPING), ("e word", "x\nlines", "me wo")]),
+)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("pattern", [name for name in PATTERNS if scanner_for(name)])
+def test_compiled_counts_equal_the_oracle(scanning, pattern, text, specials):
+    text = f"{text}some words x\nlines{text} " * 3
+    expected = dict(oracle.count_words([text], PATTERNS[pattern], list(specials)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        path.write_bytes(text.encode())
+        for workers in (1, 3):
+            assert count_words(path, Pattern(pattern), specials, workers) == expected
+            assert count_words([text], Pattern(pattern), specials, workers) == expected
+
+
+@given(text=oracle.special_texts, window=st.integers(1, 40))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("pattern", [name for name in PATTERNS if scanner_for(name)])
+def test_windows_of_any_size_give_the_same_counts(scanning, monkeypatch, pattern, text, window):
+    """No safe place to cut is used here: only what the windows hold back makes the counts right."""
+    monkeypatch.setattr(counting, "_JOB", 1 << 20)
+    monkeypatch.setattr(counting_fast, "_WINDOW", window)
+    text = text + text[::-1] + text
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        path.write_bytes(text.encode())
+        expected = dict(oracle.count_words([text], PATTERNS[pattern], oracle.OVERLAPPING))
+        assert count_words(path, Pattern(pattern), tuple(oracle.OVERLAPPING), 1) == expected
+
+
+@given(text=oracle.special_texts, place=st.integers(0, 400))
+@settings(deadline=None, max_examples=300)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_text_may_be_cut_wherever_safe_cut_says(pattern, text, place):
+    compiled = Pattern(pattern)
+    cut = compiled.safe_cut(text, min(place, len(text)))
+    if cut is not None:
+        pieces = oracle.pre_tokens(text, PATTERNS[pattern])
+        assert (
+            oracle.pre_tokens(text[:cut], PATTERNS[pattern]) + oracle.pre_tokens(text[cut:], PATTERNS[pattern])
+            == pieces
+        )
+
+
+@given(
+    words=st.lists(
+        st.one_of(
+            st.text("ab", min_size=1, max_size=40).map(str.encode),
+            st.binary(min_size=1, max_size=20),
+            st.integers(13, 17).map(lambda size: b"x" * size),
+            st.integers(14, 400).map(lambda size: bytes(size)),
+        ),
+        max_size=60,
+    ),
+    longest=st.sampled_from([2**62, 1, 8, 15, 16, 20]),
+    parts=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=200)
+def test_count_table_equals_a_counter(words, longest, parts):
+    tables = [CountTable(longest) for _ in range(parts)]
+    for number, table in enumerate(tables):
+        mine = words[number::parts]
+        data = np.frombuffer(b"".join(mine) + bytes(PAD), np.uint8)
+        ends = np.cumsum([0, *map(len, mine)])
+        spans = np.full((2 * len(mine), 2), -1, np.int64)  # every other row the end of a region
+        spans[::2, 0], spans[::2, 1] = ends[:-1], ends[1:]
+        table.add(data, spans, len(spans))
+    for table in tables[1:]:
+        tables[0].absorb(table)
+    assert tables[0].words().as_dict() == Counter(word for word in words if len(word) <= longest)
+    too_long = [word for word in words if len(word) > longest]
+    assert tables[0].left_out == (len(too_long), sum(map(len, too_long)))
+
+
+def test_count_table_grows():
+    words = [b"%d" % number for number in range(40_000)] + [b"%020d" % number for number in range(9_000)]
+    table = CountTable()
+    for start in range(0, 2 * len(words), 1000):
+        part = [words[index % len(words)] for index in range(start, start + 1000)]
+        ends = np.cumsum([0, *map(len, part)])
+        data = np.frombuffer(b"".join(part) + bytes(PAD), np.uint8)
+        table.add(data, np.stack([ends[:-1], ends[1:]], axis=1), len(part))
+    assert table.words().as_dict() == dict.fromkeys(words, 2)
+
+
+def test_compiled_counting_finds_the_first_fault(scanning, tmp_path):
+    path = tmp_path / "a.txt"
+    part = oracle.TEXT.encode()
+    for broken in (
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\xf0\x9f\x98",
+        b"\xc0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xe0\x80\x80",
+    ):
+        path.write_bytes(part + broken + part + b"\xff")
+        for workers in (1, 2):
+            with pytest.raises(UserError, match=rf"a\.txt: byte {len(part)} is not UTF-8"):
+                train_bpe(path, 300, workers=workers)
+    path.write_bytes(part + "漢".encode()[:2])
+    with pytest.raises(UserError, match=rf"byte {len(part)} is not UTF-8 \(unexpected end of data\)"):
+        train_bpe(path, 300)
+    with pytest.raises(UserError, match="lone surrogate"):
+        train_bpe([oracle.TEXT, "a\ud800b"], 300)
+    with pytest.raises(UserError, match="document 1 is of type bytes"):
+        train_bpe([oracle.TEXT, b"b"], 300)  # type: ignore[list-item]
+
+
+def test_compiled_training_equals_the_plain_one(scanning, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(oracle.TEXT + oracle.EOT + oracle.TEXT.swapcase(), encoding="utf-8", newline="")
+    fast = [train_bpe(path, 700, workers=workers) for workers in (1, 2, 4)]
+    before = threading.active_count()
+    train_bpe(path, 300, workers=2)
+    assert threading.active_count() == before
+    monkeypatch.setattr(counting, "_WORTH_SCANNING", 1 << 40)
+    plain = train_bpe(path, 700, workers=1)
+    assert all(tokenizer == plain for tokenizer in fast)
+
+
+@pytest.mark.parametrize("worth", [0, 1 << 40])
+def test_long_words_are_left_out_where_asked(monkeypatch, worth):
+    monkeypatch.setattr(counting, "_WORTH_SCANNING", worth)
+    text = "short abcabcabcabcabcabc words abcabcabcabcabcabc here"
+    with pytest.warns(
+        UserWarning, match=r"^2 pre-tokens of more than max_word_length = 10 bytes were left out \(38 bytes\)"
+    ):
+        limited = train_bpe([text], 260, min_frequency=2, max_word_length=10)
+    assert (b"b", b"c") not in limited.merges
+    assert (b"b", b"c") in quiet_train([text], 260, min_frequency=2).merges
+    assert count_words(["aéé b"], Pattern("gpt2"), max_word_length=4) == {b" b": 1}
+    with pytest.raises(UserError, match="max_word_length = 0"):
+        train_bpe([text], 260, max_word_length=0)
+
+
+def test_a_run_of_ten_million_letters(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * 10_000_000 + b" b")
+    tokenizer = quiet_train(path, 257 + 30)
+    lengths = [len(left + right) for left, right in tokenizer.merges]
+    assert lengths[:23] == [
+        2**power for power in range(1, 24)
+    ]  # 2 ** 23 = 8,388,608 is the longest power that fits
 
 
 # ------------------------------------------------------------------ arguments
