@@ -215,21 +215,27 @@ def ascii_masks(typing_context: Any, data: Any, at: Any) -> Any:
 def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
     """Masks of first and second bytes that by themselves say "letter", in ``data[at:at + 64]``.
 
-    Returns: first bytes of U+5000–9FFF and U+B000–CFFF (Chinese, Hangul: all letters without case); of U+0400–043F and of
-    U+0440–047F (Cyrillic); second bytes of U+0400–042F (upper case) and of U+0440–045F (lower case, as is U+0430–043F).
+    Returns: first bytes of U+5000–9FFF, U+B000–CFFF and U+3040–30FF (Chinese, Hangul and Kana: letters without case; Kana but for
+    nine signs); of U+0400–043F and of U+0440–047F (Cyrillic); second bytes of U+0400–042F (upper case) and of U+0440–045F (lower case, as is U+0430–043F).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         between, equal = comparisons(context, builder, signature, arguments)
-        hangul = builder.or_(equal(0xEB), equal(0xEC))
-        masks = [
-            builder.or_(between(0xE5, 0xE9), hangul),
-            equal(0xD0),
-            equal(0xD1),
-            between(0x80, 0xAF),
-            between(0x80, 0x9F),
-        ]
-        return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, _WORD) for mask in masks])
+
+        def kana(second: int, others: Any) -> Any:
+            """First bytes of a page of Kana, but for some third bytes."""
+            behind = builder.lshr(builder.bitcast(equal(second), _WORD), ir.Constant(_WORD, 1))
+            others = builder.lshr(builder.bitcast(others, _WORD), ir.Constant(_WORD, 2))
+            return builder.and_(behind, builder.not_(others))
+
+        pages = [kana(0x81, equal(0x80)), kana(0x82, between(0x97, 0xA0)), kana(0x83, equal(0xBB))]
+        three = functools.reduce(builder.or_, pages)
+        three = builder.and_(three, builder.bitcast(equal(0xE3), _WORD))
+        for first in (between(0xE5, 0xE9), between(0xEB, 0xEC)):
+            three = builder.or_(three, builder.bitcast(first, _WORD))
+        masks = [equal(0xD0), equal(0xD1), between(0x80, 0xAF), between(0x80, 0x9F)]
+        masks = [three, *(builder.bitcast(mask, _WORD) for mask in masks)]
+        return context.make_tuple(builder, signature.return_type, masks)
 
     return types.UniTuple(types.int64, 5)(data, at), generate
 
@@ -255,7 +261,7 @@ def wide_masks(data, at, high, continuation, whole, pages, leaves):
     """
     numbers = white = marks = 0
     leads = high & ~continuation
-    # The most frequent letters without a loop: three bytes of Chinese and Hangul, two of Cyrillic.
+    # The most frequent letters without a loop: three bytes of Chinese, Kana and Hangul, two of Cyrillic.
     three, cyrillic, more_cyrillic, upper_half, lower_third = common_letters(data, at)
     three &= leads & down(continuation, 1) & down(continuation, 2)
     upper = cyrillic & down(upper_half, 1)

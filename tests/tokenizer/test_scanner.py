@@ -121,6 +121,8 @@ def test_letters_known_by_their_bytes():
         (0x430, 0x45F, lower),
     ]:
         assert set(classes[first : last + 1].tolist()) == {bits}
+    signs = {0x3040, *range(0x3097, 0x309D), 0x30A0, 0x30FB}
+    assert {p for p in range(0x3040, 0x3100) if classes[p] != unicode_classes.LETTER} == signs
 
 
 def test_pages_hold_every_code_point():
