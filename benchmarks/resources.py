@@ -2,7 +2,8 @@
 
 Each configuration runs in a process of its own. Memory: glibc is told to give every freed block back at once, so that the resident
 set follows the tensors; its highest value over three steps, less what was resident before the model was built, is compared with the
-peak of the traced step. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
+peak of the traced step. What torch's compiler itself holds is none of the model's: a compiled step is compared by how far it rises above
+the resident set between two steps, and the tensors that are there then. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
 warming up, compared with the prediction from `scratchlm resources measure`, which must have been run on this machine before.
 
 Run: ``python benchmarks/resources.py [--what memory time] [--steps 12] [--out docs/results/resources]``.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -48,6 +50,10 @@ MEMORY: dict[str, dict[str, Any]] = {
         optim={"implementation": "reference"}, model={"d_model": 512, "heads": 8}, rows=1
     ),
     "accumulation": case(train={"accumulation": 4}, rows=4),
+    "dense fp32, compiled": case(compile=True),
+    "dense bf16, compiled": case("bf16", compile=True),
+    "wide bf16, compiled": case("bf16", model={"d_model": 512, "heads": 8}, rows=4, compile=True),
+    "long context bf16, compiled": case("bf16", model={"context_length": 2048}, rows=1, compile=True),
 }
 
 TIME: dict[str, dict[str, Any]] = {
@@ -77,8 +83,8 @@ def sections(given: dict[str, Any]) -> tuple[Any, Any, Any]:
     )
 
 
-def training(given: dict[str, Any]) -> Any:
-    """A function that does one step as the trainer does."""
+def training(given: dict[str, Any]) -> tuple[Any, Any]:
+    """A function that does one step as the trainer does, and one that says how many bytes stay between two steps."""
     import torch
 
     from scratchlm.data.loader import Batch
@@ -105,7 +111,13 @@ def training(given: dict[str, Any]) -> Any:
         clip_grad_norm(list(model.parameters()), 1.0)
         optimizers.step()
 
-    return step
+    def standing() -> int:
+        tensors = [*model.parameters(), *model.buffers(), ids, *optimizers.named_state().values()]
+        tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        tensors += [m.table for m in model.modules() if isinstance(getattr(m, "table", None), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    return step, standing
 
 
 def resident(field: str) -> int:
@@ -122,17 +134,24 @@ def measure_memory(given: dict[str, Any]) -> dict[str, Any]:
     small = {"vocab_size": 64, "context_length": 32, "d_model": 32, "layers": 1, "heads": 2}
     tiny = {**given, "model": {**given["model"], **small}, "rows": 2}
     for _ in range(2):
-        training(tiny)()  # libraries, threads
+        training(tiny)[0]()  # libraries, threads
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest value begins anew
-    step = training(given)
+    step, standing = training(given)
     for _ in range(3):
         step()
-    return {"measured": resident("VmHWM") - before}
+    if not given["compile"]:
+        return {"measured": resident("VmHWM") - before}
+    gc.collect()
+    between = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        step()
+    return {"measured": resident("VmHWM") - between + standing()}
 
 
 def measure_time(given: dict[str, Any], steps: int) -> dict[str, Any]:
-    step = training(given)
+    step, _ = training(given)
     for _ in range(3):
         step()
     seconds = []
@@ -149,7 +168,7 @@ def predict(what: str, given: dict[str, Any]) -> float:
     from scratchlm.resources.timing import Measured, seconds_by_phase
 
     config, optim, train = sections(given)
-    if given["compile"] and what == "time":
+    if given["compile"]:
         config = as_compiled_on_a_cpu(config, config.context_length)
     step = trace_step(
         config,

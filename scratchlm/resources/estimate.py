@@ -365,7 +365,7 @@ def components_of(step: Step, model: Transformer) -> list[Component]:
             component.kept += storage.size
             owners[component.path].add(storage.module)
     for component in found.values():
-        component.copies = len(owners[component.path])
+        component.copies = len(owners[component.path]) if component.path != HEAD else 1
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ HTML page as well.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -174,6 +174,16 @@ class Figures(NamedTuple):
     kept: int = 0
     at_peak: int = 0
 
+    @property
+    def counts_something(self) -> bool:
+        """Whether it belongs into the table of parameters and FLOPs."""
+        return any(self[:4])
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether it belongs into the table of bytes."""
+        return any(self[4:])
+
 
 @dataclass
 class Node:
@@ -256,25 +266,17 @@ class ComponentRow:
             *(si(flops) if flops else "–" for flops in (found.forward, found.backward)),
         ]
 
-    @property
-    def counts_something(self) -> bool:
-        return any(self.figures[:4])
-
-    @property
-    def takes_memory(self) -> bool:
-        return any(self.figures[4:])
-
     def bytes(self) -> list[str]:
         """As readable strings: weights, gradients, optimizer state, kept for the backward pass, there at the peak."""
         return [si(size, "B") if size else "–" for size in self.figures[4:]]
 
 
-def component_rows(estimate: Estimate) -> list[ComponentRow]:
-    """The tree, root first. A module's figures are the sum of the rows right below it."""
-    return list(_rows(tree(estimate), "", ""))
+def component_rows(estimate: Estimate, shown: Callable[[Figures], bool] = any) -> list[ComponentRow]:
+    """The tree, root first, without the modules that are not `shown`. A module's figures are the sum of the rows right below it."""
+    return list(_rows(tree(estimate), shown, "", ""))
 
 
-def _rows(node: Node, branch: str, below: str) -> Iterator[ComponentRow]:
+def _rows(node: Node, shown: Callable[[Figures], bool], branch: str, below: str) -> Iterator[ComponentRow]:
     name = node.name
     while node.own is None and not node.at_peak and len(node.inside) == 1 and node.name != "model":
         node = next(iter(node.inside.values()))
@@ -282,11 +284,12 @@ def _rows(node: Node, branch: str, below: str) -> Iterator[ComponentRow]:
     copies = "" if node.own is None or node.own.copies == 1 else f"{node.own.copies}"
     yield ComponentRow(branch, name, copies, node.figures())
     inside = list(node.inside.values())
-    if inside and any(node.itself()):
+    if inside:
         inside.insert(0, Node(_ITSELF, node.own, at_peak=node.at_peak))
+    inside = [child for child in inside if shown(child.figures())]
     for child in inside:
         last = child is inside[-1]
-        yield from _rows(child, below + ("└ " if last else "├ "), below + ("  " if last else "│ "))
+        yield from _rows(child, shown, below + ("└ " if last else "├ "), below + ("  " if last else "│ "))
 
 
 def memory_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
@@ -401,17 +404,18 @@ BYTES = ("weights", "gradients", "optimizer\nstate", "kept for\nbackward", "ther
 
 
 def _components(estimate: Estimate) -> Iterator[Table]:
-    rows = component_rows(estimate)
     counts = _table("components; FLOPs of matrix products per trained token", ("component",), ("copies", *COUNTS))
     sizes = _table("bytes of the components; at the peak: activations and temporaries", ("component",), BYTES)
-    for row in rows:
-        name, style = row.branch + row.name, None if row.branch else "bold"
-        if row.counts_something:
-            counts.add_row(name, row.copies, *row.counts(), style=style)
-        if row.takes_memory:
-            sizes.add_row(name, *row.bytes(), style=style)
+    for row in component_rows(estimate, lambda figures: figures.counts_something):
+        counts.add_row(row.branch + row.name, row.copies, *row.counts(), style=_bold(row))
+    for row in component_rows(estimate, lambda figures: figures.takes_memory):
+        sizes.add_row(row.branch + row.name, *row.bytes(), style=_bold(row))
     yield counts
     yield sizes
+
+
+def _bold(row: ComponentRow) -> str | None:
+    return None if row.branch else "bold"
 
 
 def _memory(estimate: Estimate) -> Table:

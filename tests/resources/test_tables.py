@@ -99,6 +99,17 @@ def test_every_component_has_a_row(tiny: Estimate) -> None:
     assert attention.copies == str(RECIPE.model.layers)
 
 
+def test_what_is_not_shown_leaves_a_whole_tree(tiny: Estimate) -> None:
+    """RoPE has no parameters and no products: the row above it is the last, and says so."""
+    rows = component_rows(tiny, lambda figures: figures.counts_something)
+    names = [row.name for row in rows]
+    assert "position" not in names and "position" in [row.name for row in component_rows(tiny)]
+    for at, row in enumerate(rows[1:], 1):
+        depth = len(row.branch)
+        after = next((other for other in rows[at + 1 :] if len(other.branch) <= depth), None)
+        assert row.branch.endswith("└ ") == (after is None or len(after.branch) < depth), row
+
+
 def test_figures_of_its_own_come_first_and_are_named() -> None:
     bare = _bare()
     components = [
