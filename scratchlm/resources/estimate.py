@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -204,6 +205,7 @@ def estimate(
     step = prepared.step(micro_batch=rows, **given)
     optimizer = _peak_of_update(step)
 
+    @functools.cache
     def peak(batch: int, **changes: Any) -> int:
         """Of a step with another micro-batch, or with something else changed; the optimizer's own part is known by now."""
         trace = prepared.step(micro_batch=batch, update=False, **given | changes).trace
@@ -427,7 +429,8 @@ def _savings(
     if precision != "bf16":
         found["bf16 autocast"] = peak_with(rows, precision="bf16")
     if rows > 1:
-        half = peak_with(rows // 2, accumulation=max(2, 2 * step.accumulation))
+        more = {} if step.accumulation > 1 else {"accumulation": 2}  # two stand for any number above one
+        half = peak_with(rows // 2, **more)
         found["half the micro-batch, twice the accumulation"] = half
     if recipe.train.loss_kernel == "reference":
         found["chunked loss"] = peak_with(rows, loss_kernel="chunked")

@@ -16,7 +16,7 @@ from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
-from scratchlm.optim import build_optimizers
+from scratchlm.optim import build_optimizers, clip_grad_norm
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
@@ -70,7 +70,7 @@ class Traceable:
     def __init__(self, config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, real: bool = False) -> None:
         if config.moe.experts and not real:  # the formula asks which tokens each expert has, which nobody can say
             config = config.model_copy(update={"moe": config.moe.model_copy(update={"dispatch": "grouped"})})
-        self.config, self.train, self.real = config, train, real
+        self.config, self.optim, self.train, self.real = config, optim, train, real
         with self._place():
             self.model = Transformer(config.model_copy(update={} if real else NO_DRAWING), seed=0 if real else None)
             self.model.config = config
@@ -104,7 +104,6 @@ class Traceable:
             update: False leaves out the optimizer, which does the same whatever the micro-batch.
         """
         length = length or self.config.context_length
-        self.optimizers.zero_grad()
         with self._place(), _no_collections():
             batch = self.batch(micro_batch, length)
             loss = NextTokenLoss(
@@ -113,29 +112,32 @@ class Traceable:
                 z_loss=self.train.z_loss,
                 mtp_weight=self.train.mtp_weight,
             )
+            for parameter in self.named.values():  # the micro-batches before have left their gradients
+                parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
             tracer = Tracer(self.model)
             self._watch_what_is_there(tracer, batch)
-
-            def micro_step() -> None:
+            self._watch_gradients(tracer)
+            with tracer:
                 tracer.phase = "forward"
                 with autocast(precision, CPU):
                     objective = loss(batch)
                 tracer.note_kept()
                 tracer.phase = "backward"
                 (objective / (micro_batch * length)).backward()
-
-            with tracer:
-                if accumulation > 1:
-                    with tracer.paused():
-                        micro_step()
-                    self._watch_gradients(tracer)
-                micro_step()
                 self._watch_gradients(tracer)
                 if update:
                     tracer.phase = "optimizer"
+                    self._clip()
                     self.optimizers.step()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         return Step(tracer.trace, micro_batch, length, accumulation, precision, params)
+
+    def _clip(self) -> None:
+        """As :func:`scratchlm.optim.clip_grad_norm` where the norm is too large: only numbers could say that it is not."""
+        clip_grad_norm(self.named.values(), 0)
+        if self.optim.grad_clip:
+            gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, torch.ones(()))
 
     def batch(self, rows: int, length: int) -> Batch:
         """One of zeros, with what the recipe says of documents."""

@@ -244,7 +244,7 @@ def _kind(name: str) -> str:
     """Which of the measured passes an operation resembles most."""
     if "softmax" in name:
         return "softmax"
-    if "norm" in name:
+    if "norm" in name and "foreach" not in name:
         return "layer_norm"
     return "silu" if any(part in name for part in _EXPONENTIALS) else "add"
 

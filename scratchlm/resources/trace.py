@@ -17,12 +17,11 @@ and its death, which gives the live bytes at every moment, and the moment of the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -183,21 +182,6 @@ class Tracer(TorchDispatchMode):
             if storage.phase == "forward" and storage.kind == "temporaries":
                 storage.kind = "activations"
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Storages are watched, operations are not kept."""
-        kept, self.trace.operations = self.trace.operations, _Forgetful()
-        try:
-            yield
-        finally:
-            self.trace.operations = kept
-            for storage in self.trace.storages:
-                storage.born, storage.died = 0, None if storage.died is None else 0
-
-    def kind_of(self, tensor: Tensor) -> Storage | None:
-        """What was noted about a tensor's storage."""
-        return self._known.get(tensor.untyped_storage()._cdata)
-
     def _module(self) -> str:
         if self.phase == "optimizer" or self._places is None:
             return ""
@@ -284,13 +268,6 @@ _VIEWS = {"_unsafe_view"}
 
 _UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """They make memory and touch none of it."""
-
-
-class _Forgetful(list[Operation]):
-    """Takes operations and keeps none."""
-
-    def append(self, operation: Operation) -> None:
-        pass
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model import ModelConfig, Transformer
-from scratchlm.optim import build_optimizers
+from scratchlm.optim import build_optimizers, clip_grad_norm
 from scratchlm.resources.step import CPU, Step, trace_step
 from scratchlm.resources.trace import Storage, Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss
@@ -72,6 +72,7 @@ def by_the_allocator(config: ModelConfig, optim: OptimConfig, train: TrainConfig
         with autocast(precision, CPU):
             objective = loss(batch)
         (objective / batch.inputs.numel()).backward()
+        clip_grad_norm(model.parameters(), 1e-9)
         optimizers.step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     most = live = 0
