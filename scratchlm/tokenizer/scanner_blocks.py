@@ -240,10 +240,18 @@ def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
     return types.UniTuple(types.int64, 5)(data, at), generate
 
 
-@inner
-def first_bits(count):
-    """A mask of the lowest `count` bits, 0 ≤ count."""
-    return (1 << count) - 1 if count < BLOCK else -1
+@built_in
+def first_bits(typing_context: Any, count: Any) -> Any:
+    """A mask of the lowest `count` bits, 0 ≤ count; all from 64 on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (count,) = arguments
+        few = builder.sub(builder.shl(ir.Constant(_WORD, 1), count), ir.Constant(_WORD, 1))
+        return builder.select(
+            builder.icmp_signed("<", count, ir.Constant(_WORD, BLOCK)), few, ir.Constant(_WORD, -1)
+        )
+
+    return types.int64(types.int64), generate
 
 
 @inner
