@@ -53,10 +53,23 @@ def inner_reference(name: str) -> Callable[..., Any]:
     plain = getattr(reference, name)
     called = [part for part in plain.__code__.co_names if isinstance(getattr(reference, part, None), FunctionType)]
     parts = {part: inner_reference(part) for part in called}
-    copy = FunctionType(plain.__code__, {**plain.__globals__, **parts}, name)
-    if name in ("character", "contraction"):
-        return inner(copy)
-    return numba.njit(**_PART)(copy)
+    return inner(FunctionType(plain.__code__, {**plain.__globals__, **parts}, name))
+
+
+@built_in
+def borrowed(typing_context: Any, array: Any) -> Any:
+    """The same array without an owner: Numba counts references at every call and every branch, and finds none to count.
+
+    Its owner must outlive it, as the arguments of a function do.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        view.parent = ir.Constant(view.parent.type, None)
+        return view._getvalue()
+
+    return array(array), generate
 
 
 def _sources() -> int:
@@ -97,15 +110,16 @@ def _loop(sources: int) -> Any:
     def scan(data, regions, cursor, spans, pages, leaves, option):
         row, room = 0, len(spans)
         region, at = cursor[0], cursor[1]
+        text, index, table = borrowed(data), borrowed(pages), borrowed(leaves)
         while region < len(regions) and row < room and sources > 0:
             end = regions[region, 1]
             while at < end and row < room:
                 starts = 0
                 if at + READ <= len(data):
-                    starts = block_starts(data, at, end, pages, leaves, option)
+                    starts = block_starts(text, at, end, index, table, option)
                 if starts == 0:
                     spans[row, 0] = at
-                    at = match(data, at, end, pages, leaves, option)
+                    at = match(text, at, end, index, table, option)
                     spans[row, 1] = at
                     row += 1
                 block = at
