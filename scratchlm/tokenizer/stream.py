@@ -22,13 +22,17 @@ from scratchlm.tokenizer.patterns import Pattern
 
 # Text is looked at in blocks about this long (characters).
 BLOCK = 1 << 16
+# Uncut text ends at a boundary found this close to the end.
+_CLOSELY = 1 << 11
 
 
 class Settled(NamedTuple):
-    """Decided pre-tokens, then the special token that ended them, if one did."""
+    """Decided pre-tokens, then the special token that ended them, if one did; in front of them, where it was asked for, text
+    that is decided but not yet cut: its pre-tokens alone are those it has here."""
 
     pieces: list[str]
     special: str | None
+    text: str = ""
 
 
 def check_specials(special_tokens: Iterable[str]) -> tuple[str, ...]:
@@ -89,11 +93,18 @@ class SpecialSplitter:
 
 
 class TextStream:
-    """Pre-tokens and special tokens of a text that arrives in chunks of any size."""
+    """Pre-tokens and special tokens of a text that arrives in chunks of any size.
 
-    def __init__(self, pattern: Pattern, splitter: SpecialSplitter) -> None:
+    Args:
+        pattern: how it is cut.
+        splitter: its special tokens.
+        uncut: hand out text uncut where that can be (`Settled.text`).
+    """
+
+    def __init__(self, pattern: Pattern, splitter: SpecialSplitter, uncut: bool = False) -> None:
         self._pattern = pattern
         self._splitter = splitter
+        self._uncut = uncut
         self._waiting: list[str] = []
         self._length = 0
         self._enough = BLOCK
@@ -115,9 +126,10 @@ class TextStream:
         parts = self._splitter.split("".join(self._waiting))
         self._waiting, self._length, self._enough = [], 0, BLOCK
         specials = [*parts[1::2], None]
-        return [
-            Settled(self._pattern.split(text), special) for text, special in zip(parts[::2], specials, strict=True)
-        ]
+        return [self._whole(text, special) for text, special in zip(parts[::2], specials, strict=True)]
+
+    def _whole(self, text: str, special: str | None) -> Settled:
+        return Settled([], special, text) if self._uncut else Settled(self._pattern.split(text), special)
 
     def _take(self, text: str) -> tuple[list[Settled], str]:
         settled = []
@@ -128,16 +140,22 @@ class TextStream:
             # A special cut off by the end may begin before the match ("ab" in sight, "xab…" possible), or with it.
             if match is None or match.start() >= doubtful:
                 break
-            settled.append(Settled(self._pattern.split(text[start : match.start()]), match.group()))
+            settled.append(self._whole(text[start : match.start()], match.group()))
             start = match.end()
-        pieces, rest = self._pattern.settled(text[start:doubtful])
-        settled.append(Settled(pieces, None))
-        return settled, text[start + rest :]
+        # Only the end has to be looked at closely, behind a place that is a boundary whatever comes.
+        near = max(start, doubtful - _CLOSELY)
+        cut = self._pattern.safe_cut(text, near, doubtful) if self._uncut else None
+        cut = start if cut is None else cut
+        pieces, rest = self._pattern.settled(text[cut:doubtful])
+        settled.append(Settled(pieces, None, text[start:cut]))
+        return settled, text[cut + rest :]
 
 
-def settle(chunks: Iterable[str], pattern: Pattern, splitter: SpecialSplitter) -> Iterator[Settled]:
-    """Walk over `chunks` as one text, in memory that does not grow with it."""
-    stream = TextStream(pattern, splitter)
+def settle(
+    chunks: Iterable[str], pattern: Pattern, splitter: SpecialSplitter, uncut: bool = False
+) -> Iterator[Settled]:
+    """Walk over `chunks` as one text, in memory that does not grow with it. `uncut`: see :class:`TextStream`."""
+    stream = TextStream(pattern, splitter, uncut)
     for chunk in chunks:
         # A chunk may be a whole book: its pre-tokens must never all exist at once.
         for start in range(0, len(chunk), BLOCK):

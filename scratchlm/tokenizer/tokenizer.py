@@ -11,33 +11,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scratchlm.errors import UserError
-from scratchlm.processes import Workers, cores
-from scratchlm.tokenizer.encoder import WordCache
-from scratchlm.tokenizer.normalization import check_form, normalised, raw_parts
+from scratchlm.tokenizer.decoder import Decoder
+from scratchlm.tokenizer.encoding import Allowed, TextEncoder, named_specials
+from scratchlm.tokenizer.normalization import check_form
 from scratchlm.tokenizer.patterns import Pattern
-from scratchlm.tokenizer.stream import SpecialSplitter, check_specials, settle
+from scratchlm.tokenizer.stream import check_specials
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-Allowed = Literal["all"] | Iterable[str]
-
-# Long texts are encoded in parts about this long (characters): pre-tokens never all exist at once, and parts that are
-# ASCII take the faster road.
-_PART = 1 << 16
-# encode_batch: below this many characters in all, helper processes cost more than they save.
-_WORTH_HELPERS = 4 << 20
-# encode_batch: characters that make one job of a helper.
-_BATCH = 1 << 20
 # Ids above this would make tables and embeddings of gigabytes from one misprinted number.
 _MOST_IDS = 1 << 22
 
@@ -57,6 +47,8 @@ class Tokenizer:
         normalizer: ``NFC`` (or NFD, NFKC, NFKD): text is normalised first, between special tokens; None: text as it is.
         added_tokens: those of `special_tokens` that are ordinary text to their users (``"special": false`` in a
             `tokenizer.json`, such as Qwen's ``<tool_call>``). They are kept whole like the others.
+        cache_bytes: most memory of the table of known words, for each thread that encodes. It grows with the text up to this;
+            when it is full, new words take the places of old ones. No effect on ids.
 
     Attributes:
         vocab: id → bytes, special tokens included.
@@ -80,6 +72,7 @@ class Tokenizer:
         ignore_merges: bool = False,
         normalizer: str | None = None,
         added_tokens: Iterable[str] = (),
+        cache_bytes: int = 48 << 20,
     ) -> None:
         self._pattern = Pattern(pattern)
         self.normalizer = check_form(normalizer)
@@ -88,22 +81,22 @@ class Tokenizer:
         self.ignore_merges = bool(ignore_merges)
         ids = self._ids_by_bytes()
         self.special_tokens: dict[str, int] = self._place_specials(special_tokens, ids)
-        self.added_tokens = frozenset(self._named_specials(added_tokens, "added_tokens"))
+        self.added_tokens = frozenset(named_specials(added_tokens, "added_tokens", self.special_tokens))
         self._check_vocab(ids)
         self._vocab_size = max(self.vocab) + 1
         self._ids = ids
         self._byte_ids = [ids[bytes([byte])] for byte in range(256)]
         self._ranks = self._rank_table(ids)
-        self._splitter = SpecialSplitter(self.special_tokens)
-        self._cache = self._new_cache()
+        self.cache_bytes = cache_bytes
+        self._encoder = self._new_encoder()
+        self._decoder = Decoder(self.vocab, self._vocab_size)
 
     # ---------------------------------------------------------------- construction
 
     def _ids_by_bytes(self) -> dict[bytes, int]:
         ids: dict[bytes, int] = {}
         for index, token in self.vocab.items():
-            if type(index) is not int or not 0 <= index < _MOST_IDS:
-                _check_id(index, f"vocab: {token!r}")
+            _check_id(index, f"vocab: {token!r}")
             if not isinstance(token, bytes) or not token:
                 raise UserError(f"vocab: id {index} is {token!r}; every token must be non-empty bytes")
             if token in ids:
@@ -163,19 +156,22 @@ class Tokenizer:
             ranks[pair] = rank << 32 | ids[left + right]
         return ranks
 
-    def _new_cache(self) -> WordCache:
+    def _new_encoder(self) -> TextEncoder:
         regular: dict[bytes, int] = {}
         if self.ignore_merges:
             special = set(self.special_tokens.values())
             regular = {token: index for token, index in self._ids.items() if index not in special}
-        return WordCache(self._byte_ids, self._ranks, regular, "H" if self.dtype == np.uint16 else "I")
+        return TextEncoder(
+            self._pattern, self._byte_ids, self._ranks, regular, self.special_tokens, self.added_tokens,
+            self.normalizer, self._vocab_size, self.dtype, self.cache_bytes,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (
             Tokenizer,
             (
                 *(self.vocab, self.merges, self.special_tokens, self.pattern),
-                *(self.ignore_merges, self.normalizer, self.added_tokens),
+                *(self.ignore_merges, self.normalizer, self.added_tokens, self.cache_bytes),
             ),
         )
 
@@ -201,6 +197,11 @@ class Tokenizer:
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @property
+    def releases_lock(self) -> bool:
+        """Whether long texts are encoded without Python's lock, so that threads encode side by side."""
+        return self._encoder.releases_lock
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -244,7 +245,12 @@ class Tokenizer:
         ).tolist()
 
     def encode_array(
-        self, text: str | bytes, *, allowed_special: Allowed = "all", disallowed_special: Allowed = ()
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Allowed = "all",
+        disallowed_special: Allowed = (),
+        threads: int = 1,
     ) -> np.ndarray:
         """Ids of `text` as an array.
 
@@ -255,6 +261,7 @@ class Tokenizer:
                 the others are encoded like ordinary text.
             disallowed_special: special tokens that must not occur: ``"all"`` means all that are not allowed. Nothing
                 is disallowed by default.
+            threads: how many cores may work on a long text; the ids are the same.
 
         Returns:
             shape (number of tokens,), uint16 up to 65,536 tokens in the vocabulary, else uint32.
@@ -262,92 +269,13 @@ class Tokenizer:
         Raises:
             UserError: a disallowed special token occurs, or the str holds a lone surrogate (position named).
         """
-        splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
-        text = _checked(text)
-        _refuse(forbidden, text)
-        if self.normalizer is not None and not unicodedata.is_normalized(self.normalizer, text):
-            return self._encode_normalised(text, splitter)
-        # A bytearray, so that the array may be written to (torch warns of tensors over read-only memory).
-        return np.frombuffer(bytearray().join(self._packed(text, splitter)), dtype=self.dtype)
+        return self._encoder.encode_array(text, allowed_special, disallowed_special, threads)
 
-    @functools.cached_property
-    def _without_normalizer(self) -> Tokenizer:
-        """The same, tables and caches shared, for text that is normalised already."""
-        plain = object.__new__(Tokenizer)
-        plain.__dict__.update(self.__dict__, normalizer=None)
-        return plain
-
-    def _encode_normalised(self, text: str, splitter: SpecialSplitter) -> np.ndarray:
-        assert self.normalizer is not None
-        pieces = []
-        for index, part in enumerate(splitter.split(text)):
-            if index % 2:
-                pieces.append(np.array([self.special_tokens[part]], dtype=self.dtype))
-            elif part:
-                # As bytes: those that were no UTF-8 stand in the str as surrogates, which would be refused.
-                raw = unicodedata.normalize(self.normalizer, part).encode("utf-8", "surrogateescape")
-                pieces.append(self._without_normalizer.encode_array(raw, allowed_special=()))
-        return np.concatenate(pieces)
-
-    def _iterate_normalised(self, chunks: Iterable[str], splitter: SpecialSplitter) -> Iterator[int]:
-        assert self.normalizer is not None
-        parts = raw_parts(chunks, splitter)
-        special: str | None = None
-
-        def region() -> Iterator[str]:
-            nonlocal special
-            for text, special in parts:
-                yield text
-                if special is not None:
-                    return
-
-        while True:
-            special = None
-            text = normalised(region(), self.normalizer)
-            yield from self._without_normalizer.encode_iterable(text, allowed_special=())
-            if special is None:
-                return
-            yield self.special_tokens[special]
-
-    def _packed(self, text: str, splitter: SpecialSplitter) -> Iterator[bytes]:
-        """Raw ids of a text, part by part."""
-        look_up = self._cache.__getitem__
-        for index, part in enumerate(splitter.split(text)):
-            if index % 2:
-                yield self._special_packed(part)
-                continue
-            start = 0
-            while (
-                len(part) - start > 2 * _PART and (cut := self._pattern.safe_cut(part, start + _PART)) is not None
-            ):
-                yield b"".join(map(look_up, self._pattern.split(part[start:cut])))
-                start = cut
-            yield b"".join(map(look_up, self._pattern.split(part[start:] if start else part)))
-
-    def _special_packed(self, special: str) -> bytes:
-        return self.dtype(self.special_tokens[special]).tobytes()
-
-    def _special_choice(
-        self, allowed: Allowed, disallowed: Allowed
-    ) -> tuple[SpecialSplitter, SpecialSplitter | None]:
-        if allowed == "all" and not disallowed:
-            return self._splitter, None
-        allowed_set = self._named_specials(allowed, "allowed_special")
-        disallowed_set = self._named_specials(disallowed, "disallowed_special")
-        if disallowed == "all":
-            disallowed_set -= allowed_set | self.added_tokens
-        splitter = self._splitter if allowed == "all" else SpecialSplitter(allowed_set)
-        return splitter, SpecialSplitter(disallowed_set) if disallowed_set else None
-
-    def _named_specials(self, names: Allowed, argument: str) -> set[str]:
-        if names == "all":
-            return set(self.special_tokens)
-        if isinstance(names, str):
-            raise UserError(f'{argument} = {names!r}: give "all" or a set of special tokens')
-        chosen = set(names)
-        for name in chosen - set(self.special_tokens):
-            raise UserError(f"{argument}: {name!r} is not a special token; there are {sorted(self.special_tokens)}")
-        return chosen
+    def count_tokens(
+        self, text: str | bytes, *, allowed_special: Allowed = "all", disallowed_special: Allowed = ()
+    ) -> int:
+        """``len(encode_array(text))``, in memory that does not grow with `text`."""
+        return self._encoder.count_tokens(text, allowed_special, disallowed_special)
 
     def encode_iterable(
         self, chunks: Iterable[str], *, allowed_special: Allowed = "all", disallowed_special: Allowed = ()
@@ -366,16 +294,7 @@ class Tokenizer:
         Raises:
             UserError: as in :meth:`encode_array`, or a chunk is not a str; when the iteration gets there.
         """
-        splitter, forbidden = self._special_choice(allowed_special, disallowed_special)
-        look_up = self._cache.__getitem__
-        checked = _watched(map(_checked_chunk, chunks), forbidden)
-        if self.normalizer is not None:
-            yield from self._iterate_normalised(checked, splitter)
-            return
-        for pieces, special in settle(checked, self._pattern, splitter):
-            yield from np.frombuffer(b"".join(map(look_up, pieces)), dtype=self.dtype).tolist()
-            if special is not None:
-                yield self.special_tokens[special]
+        return self._encoder.encode_iterable(chunks, allowed_special, disallowed_special)
 
     def encode_batch(
         self,
@@ -395,16 +314,7 @@ class Tokenizer:
         Returns:
             one array per text, in order; the same for any number of threads.
         """
-        if threads is not None and threads < 1:
-            raise UserError(f"threads = {threads}: at least one must do the work")
-        texts = list(texts)
-        options = {"allowed_special": allowed_special, "disallowed_special": disallowed_special}
-        self._special_choice(allowed_special, disallowed_special)
-        threads = min(threads or cores(), len(texts))
-        if threads < 2 or sum(map(len, texts)) < _WORTH_HELPERS:
-            return [self.encode_array(text, **options) for text in texts]
-        with Workers(_BatchEncoder, (self, options), threads) as pool:
-            return [array for batch in pool.map(_batches(texts)) for array in batch]
+        return self._encoder.encode_batch(texts, threads, allowed_special, disallowed_special)
 
     # ---------------------------------------------------------------- decoding
 
@@ -414,7 +324,7 @@ class Tokenizer:
         Raises:
             UserError: an id is not in the vocabulary; the message names it and its position.
         """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self._decoder.decode(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of `ids` (a list, array or tensor of one dimension).
@@ -422,24 +332,15 @@ class Tokenizer:
         Raises:
             UserError: an id is not in the vocabulary; the message names it and its position.
         """
-        listed = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(listed, Iterable):
-            raise UserError(f"cannot decode {ids!r}: give a list of ids, or an array or tensor of one dimension")
-        listed = list(listed)
-        try:
-            return b"".join(map(self.vocab.__getitem__, listed))
-        except (KeyError, TypeError) as error:
-            for position, index in enumerate(listed):
-                if not isinstance(index, (int, np.integer)) or index not in self.vocab:
-                    raise UserError(self._unknown_id(index, position)) from error
-            raise
+        return self._decoder.decode_bytes(ids)
 
-    def _unknown_id(self, index: Any, position: int) -> str:
-        """What to say of an id that stands for nothing."""
-        where = f"id {index!r} at position {position} is not in the vocabulary"
-        if isinstance(index, (int, np.integer)) and 0 <= index < self.vocab_size:
-            return f"{where}: no token has it, it is one of {self.vocab_size - len(self.vocab):,} ids left unused"
-        return f"{where} of {len(self.vocab)} tokens (0 to {self.vocab_size - 1})"
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
+        """:meth:`decode` of many lists of ids.
+
+        Raises:
+            UserError: as in :meth:`decode`; the message also says in which of them.
+        """
+        return self._decoder.decode_batch(batch)
 
     # ---------------------------------------------------------------- files and other libraries
 
@@ -524,71 +425,3 @@ def _pair_of_bytes(rank: int, merge: Any) -> tuple[bytes, bytes]:
         case (bytes() as left, bytes() as right):
             return left, right
     raise UserError(f"merge {rank} is {merge!r}; every merge must be a pair of bytes")
-
-
-class _BatchEncoder:
-    """Handler of a helper process of :meth:`Tokenizer.encode_batch`."""
-
-    def __init__(self, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
-        self._tokenizer, self._options = tokenizer, options
-
-    def __call__(self, texts: list[str | bytes]) -> list[np.ndarray]:
-        return [self._tokenizer.encode_array(text, **self._options) for text in texts]
-
-
-def _batches(texts: list[str | bytes]) -> Iterator[list[str | bytes]]:
-    batch: list[str | bytes] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _checked(text: str | bytes) -> str:
-    """A str without lone surrogates, or bytes as one (undecodable bytes as surrogates: lossless both ways)."""
-    if isinstance(text, str):
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"the text holds a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
-                    f"remove it, or give bytes"
-                ) from error
-        return text
-    if isinstance(text, (bytes, bytearray, memoryview)):
-        return bytes(text).decode("utf-8", "surrogateescape")
-    raise UserError(f"cannot encode a {type(text).__name__}; give a str or UTF-8 bytes")
-
-
-def _checked_chunk(chunk: str) -> str:
-    # Bytes are refused: a character cut in two by the end of a chunk would come out as two.
-    if not isinstance(chunk, str):
-        raise UserError(f"encode_iterable got a chunk of type {type(chunk).__name__}; open files as text (UTF-8)")
-    return _checked(chunk)
-
-
-def _refuse(forbidden: SpecialSplitter | None, text: str, offset: int = 0) -> None:
-    match = forbidden.search(text, 0) if forbidden else None
-    if match:
-        raise UserError(
-            f"the text holds the disallowed special token {match.group()!r} at character {offset + match.start()}; "
-            f"allow it (allowed_special), or take it out of disallowed_special to encode it as ordinary text"
-        )
-
-
-def _watched(chunks: Iterable[str], forbidden: SpecialSplitter | None) -> Iterator[str]:
-    """`chunks`, refusing disallowed special tokens, also those that straddle chunks."""
-    tail = ""
-    seen = 0
-    for chunk in chunks:
-        if forbidden:
-            _refuse(forbidden, tail + chunk, seen - len(tail))
-            tail = (tail + chunk)[-(forbidden.longest - 1) :] if forbidden.longest > 1 else ""
-        seen += len(chunk)
-        yield chunk

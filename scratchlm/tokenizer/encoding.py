@@ -1,0 +1,363 @@
+"""Text → ids: which special tokens count, which road a text takes, and many texts at a time.
+
+    a few lines      str ──`re`──► pre-tokens ──dict──► ids          `encoder`: plain Python, ready at once
+    anything longer  bytes ──scanner──► spans ──word table──► ids    `fast_encoder`: compiled, a hundred times as fast
+
+Both give the same ids. The compiled road costs half a second of imports once per process (and some seconds of compiling once
+per machine), so it is taken when a text, or all texts so far, are worth it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from scratchlm.errors import UserError
+from scratchlm.processes import cores
+from scratchlm.tokenizer.encoder import WordCache
+from scratchlm.tokenizer.normalization import Form, normalised, raw_parts
+from scratchlm.tokenizer.patterns import Pattern
+from scratchlm.tokenizer.regions import SpecialSearch
+from scratchlm.tokenizer.scanner import scanner_for
+from scratchlm.tokenizer.stream import SpecialSplitter, settle
+
+if TYPE_CHECKING:
+    from scratchlm.tokenizer.fast_encoder import FastEncoder
+
+Allowed = Literal["all"] | Iterable[str]
+Text = str | bytes | bytearray | memoryview
+
+# The plain road: texts up to this long, always.
+_SMALL = 1 << 10
+# … and, as long as the compiled road has not been needed, these: one text, and all texts together.
+_FIRST = 1 << 16
+_FIRST_TOTAL = 1 << 19
+# encode_batch: text for each thread below which it is not worth starting.
+_WORTH_THREAD = 1 << 18
+# Long texts go the plain road in parts about this long (characters): pre-tokens never all exist at once, and
+# parts that are ASCII take the faster pattern.
+_PART = 1 << 16
+
+
+class TextEncoder:
+    """Encodes for a `Tokenizer`, whose methods document the arguments.
+
+    Args:
+        pattern: how text is cut into pre-tokens.
+        byte_ids: id of each single byte.
+        ranks: the rank table (see `encoder`).
+        whole: byte strings that are taken as one token without merging.
+        special_tokens: special token → id.
+        added_tokens: those that are not disallowed by "all".
+        normalizer: the normal form, or None.
+        vocab_size: the highest id + 1.
+        dtype: uint16 or uint32.
+        cache_bytes: most memory of each thread's word table.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        byte_ids: list[int],
+        ranks: dict[int, int],
+        whole: dict[bytes, int],
+        special_tokens: dict[str, int],
+        added_tokens: frozenset[str],
+        normalizer: Form | None,
+        vocab_size: int,
+        dtype: type[np.uint16] | type[np.uint32],
+        cache_bytes: int,
+    ) -> None:
+        self._pattern = pattern
+        self._byte_ids = byte_ids
+        self._ranks = ranks
+        self._whole = whole
+        self._special_tokens = special_tokens
+        self._added_tokens = added_tokens
+        self._normalizer = normalizer
+        self._dtype = dtype
+        self._cache_bytes = cache_bytes
+        self._words = WordCache(byte_ids, ranks, whole, "H" if dtype == np.uint16 else "I")
+        self._specials = _Specials(special_tokens, special_tokens)
+        self._fast_encoder: FastEncoder | None = None
+        self._scanned = scanner_for(pattern.text) is not None
+        # Ids and ranks must fit a row of `merge_table`.
+        self._can_compile = len(ranks) < 1 << 22 and vocab_size <= 1 << 21
+        self._seen = 0
+
+    @property
+    def releases_lock(self) -> bool:
+        return self._scanned and self._normalizer is None and self._can_compile
+
+    # ---------------------------------------------------------------- one text
+
+    def encode_array(self, text: Text, allowed: Allowed, disallowed: Allowed, threads: int = 1) -> np.ndarray:
+        specials, forbidden = self.special_choice(allowed, disallowed)
+        text = _checked(text)
+        _refuse(forbidden, text)
+        return self._encode(text, specials, threads)
+
+    def count_tokens(self, text: Text, allowed: Allowed, disallowed: Allowed) -> int:
+        specials, forbidden = self.special_choice(allowed, disallowed)
+        text = _checked(text)
+        _refuse(forbidden, text)
+        if not self._worth_compiling(len(text)) or not self._normal(text):
+            return len(self._encode(text, specials))
+        data = _utf8(text)
+        return self._fast.count(data, specials.search.regions(data, 0, len(data)))
+
+    def _encode(self, text: Text, specials: _Specials, threads: int = 1) -> np.ndarray:
+        if not self._normal(text):
+            return self._encode_normalised(_as_str(text), specials)
+        if not self._worth_compiling(len(text)):
+            return self._plain(_as_str(text), specials)
+        data = _utf8(text)
+        return self._fast.encode(data, specials.search.regions(data, 0, len(data)), threads)
+
+    def _plain(self, text: str, specials: _Specials) -> np.ndarray:
+        # A bytearray, so that the array may be written to (torch warns of tensors over read-only memory).
+        return np.frombuffer(bytearray().join(self._packed(text, specials)), dtype=self._dtype)
+
+    def _packed(self, text: str, specials: _Specials) -> Iterator[bytes]:
+        """Raw ids of a text, part by part."""
+        look_up = self._words.__getitem__
+        for index, part in enumerate(specials.splitter.split(text)):
+            if index % 2:
+                yield self._dtype(self._special_tokens[part]).tobytes()
+                continue
+            start = 0
+            while (
+                len(part) - start > 2 * _PART and (cut := self._pattern.safe_cut(part, start + _PART)) is not None
+            ):
+                yield b"".join(map(look_up, self._pattern.split(part[start:cut])))
+                start = cut
+            yield b"".join(map(look_up, self._pattern.split(part[start:] if start else part)))
+
+    def _worth_compiling(self, size: int) -> bool:
+        if size <= _SMALL or not self._can_compile:
+            return False
+        if self._fast_encoder is None:
+            self._seen += size
+            return size > _FIRST or self._seen > _FIRST_TOTAL
+        return True
+
+    @property
+    def _fast(self) -> FastEncoder:
+        if self._fast_encoder is None:
+            from scratchlm.tokenizer.compiling import compiling
+
+            with compiling("the encoder"):
+                from scratchlm.tokenizer.fast_encoder import FastEncoder
+
+                fast = FastEncoder(
+                    self._pattern, self._byte_ids, self._ranks, self._whole, self._dtype, self._cache_bytes
+                )
+                fast.encode(b"warm up", [(0, 7, -1)])
+            self._fast_encoder = fast
+        return self._fast_encoder
+
+    # ---------------------------------------------------------------- normal forms
+
+    def _normal(self, text: Text) -> bool:
+        return self._normalizer is None or unicodedata.is_normalized(self._normalizer, _as_str(text))
+
+    def _encode_normalised(self, text: str, specials: _Specials) -> np.ndarray:
+        assert self._normalizer is not None
+        pieces = []
+        for index, part in enumerate(specials.splitter.split(text)):
+            if index % 2:
+                pieces.append(np.array([self._special_tokens[part]], dtype=self._dtype))
+            elif part:
+                # As bytes: those that were no UTF-8 stand in the str as surrogates, which would be refused.
+                raw = unicodedata.normalize(self._normalizer, part).encode("utf-8", "surrogateescape")
+                pieces.append(self._without_normalizer._encode(raw, _Specials({}, self._special_tokens)))
+        return np.concatenate(pieces)
+
+    @functools.cached_property
+    def _without_normalizer(self) -> TextEncoder:
+        """The same, tables and caches shared, for text that is normalised already."""
+        plain = object.__new__(TextEncoder)
+        plain.__dict__.update(self.__dict__, _normalizer=None)
+        return plain
+
+    # ---------------------------------------------------------------- text in chunks
+
+    def encode_iterable(self, chunks: Iterable[str], allowed: Allowed, disallowed: Allowed) -> Iterator[int]:
+        specials, forbidden = self.special_choice(allowed, disallowed)
+        checked = _watched(map(_checked_chunk, chunks), forbidden)
+        if self._normalizer is None:
+            yield from self._iterate(checked, specials)
+        else:
+            yield from self._iterate_normalised(checked, specials)
+
+    def _iterate(self, chunks: Iterable[str], specials: _Specials) -> Iterator[int]:
+        look_up = self._words.__getitem__
+        nothing = _Specials({}, self._special_tokens)
+        for pieces, special, text in settle(chunks, self._pattern, specials.splitter, uncut=True):
+            if text:
+                yield from self._encode(text, nothing).tolist()
+            if pieces:
+                yield from np.frombuffer(b"".join(map(look_up, pieces)), dtype=self._dtype).tolist()
+            if special is not None:
+                yield self._special_tokens[special]
+
+    def _iterate_normalised(self, chunks: Iterable[str], specials: _Specials) -> Iterator[int]:
+        assert self._normalizer is not None
+        parts = raw_parts(chunks, specials.splitter)
+        nothing = _Specials({}, self._special_tokens)
+        special: str | None = None
+
+        def region() -> Iterator[str]:
+            nonlocal special
+            for text, special in parts:
+                yield text
+                if special is not None:
+                    return
+
+        while True:
+            special = None
+            text = normalised(region(), self._normalizer)
+            yield from self._without_normalizer._iterate(text, nothing)
+            if special is None:
+                return
+            yield self._special_tokens[special]
+
+    # ---------------------------------------------------------------- many texts
+
+    def encode_batch(
+        self, texts: Iterable[Text], threads: int | None, allowed: Allowed, disallowed: Allowed
+    ) -> list[np.ndarray]:
+        if threads is not None and threads < 1:
+            raise UserError(f"threads = {threads}: at least one must do the work")
+        specials, forbidden = self.special_choice(allowed, disallowed)
+        checked = [_checked(text) for text in texts]
+        for text in checked:
+            _refuse(forbidden, text)
+        total = sum(map(len, checked))
+        if self._normalizer is not None or not self._worth_compiling(total):
+            return [self._encode(text, specials) for text in checked]
+        threads = max(1, min(threads or cores(), total // _WORTH_THREAD))
+        raw = [_utf8(text) for text in checked]
+        return self._fast.encode_many(raw, lambda data: specials.search.regions(data, 0, len(data)), threads)
+
+    # ---------------------------------------------------------------- special tokens
+
+    def special_choice(self, allowed: Allowed, disallowed: Allowed) -> tuple[_Specials, SpecialSplitter | None]:
+        """Those to look for, and those to refuse."""
+        if allowed == "all" and not disallowed:
+            return self._specials, None
+        allowed_set = self.named_specials(allowed, "allowed_special")
+        disallowed_set = self.named_specials(disallowed, "disallowed_special")
+        if disallowed == "all":
+            disallowed_set -= allowed_set | self._added_tokens
+        specials = self._specials if allowed == "all" else _Specials(allowed_set, self._special_tokens)
+        return specials, SpecialSplitter(disallowed_set) if disallowed_set else None
+
+    def named_specials(self, names: Allowed, argument: str) -> set[str]:
+        return named_specials(names, argument, self._special_tokens)
+
+
+def named_specials(names: Allowed, argument: str, special_tokens: dict[str, int]) -> set[str]:
+    """The special tokens that `names` chooses.
+
+    Raises:
+        UserError: one of them is none; `argument` is named.
+    """
+    if names == "all":
+        return set(special_tokens)
+    if isinstance(names, str):
+        raise UserError(f'{argument} = {names!r}: give "all" or a set of special tokens')
+    chosen = set(names)
+    for name in chosen - set(special_tokens):
+        raise UserError(f"{argument}: {name!r} is not a special token; there are {sorted(special_tokens)}")
+    return chosen
+
+
+class _Specials:
+    """Some special tokens, to be found in a str and in bytes."""
+
+    def __init__(self, names: Iterable[str], special_tokens: dict[str, int]) -> None:
+        self.splitter = SpecialSplitter(names)
+        self._ids = {name.encode(): special_tokens[name] for name in names}
+
+    @functools.cached_property
+    def search(self) -> SpecialSearch:
+        return SpecialSearch(self._ids)
+
+
+# ---------------------------------------------------------------- str and bytes
+
+
+def _utf8(text: Text) -> bytes | memoryview:
+    """UTF-8 of a checked text, without a copy where none is needed. It may be used as long as `text` lives."""
+    if not isinstance(text, str):
+        return text if isinstance(text, bytes) else memoryview(text).cast("B")
+    if not text.isascii():
+        return text.encode()
+    # An ASCII str is its own UTF-8. The copy that `encode` would make costs more than the scanner.
+    size = ctypes.c_ssize_t()
+    address = _as_utf8(text, ctypes.byref(size))
+    return memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
+
+
+_as_utf8 = ctypes.pythonapi.PyUnicode_AsUTF8AndSize
+_as_utf8.restype = ctypes.c_void_p
+_as_utf8.argtypes = [ctypes.py_object, ctypes.POINTER(ctypes.c_ssize_t)]
+
+
+def _as_str(text: Text) -> str:
+    """Undecodable bytes become surrogates: lossless both ways."""
+    return text if isinstance(text, str) else bytes(text).decode("utf-8", "surrogateescape")
+
+
+def _checked(text: Text) -> Text:
+    """`text`, which is a str without lone surrogates, or bytes."""
+    if isinstance(text, str):
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"the text holds a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
+                    f"remove it, or give bytes"
+                ) from error
+        return text
+    if isinstance(text, (bytes, bytearray)):
+        return text
+    if isinstance(text, memoryview):
+        return text if text.contiguous else bytes(text)
+    raise UserError(f"cannot encode a {type(text).__name__}; give a str or UTF-8 bytes")
+
+
+def _checked_chunk(chunk: str) -> str:
+    # Bytes are refused: a character cut in two by the end of a chunk would come out as two.
+    if not isinstance(chunk, str):
+        raise UserError(f"encode_iterable got a chunk of type {type(chunk).__name__}; open files as text (UTF-8)")
+    _checked(chunk)
+    return chunk
+
+
+def _refuse(forbidden: SpecialSplitter | None, text: Text, offset: int = 0) -> None:
+    match = forbidden.search(_as_str(text), 0) if forbidden else None
+    if match:
+        raise UserError(
+            f"the text holds the disallowed special token {match.group()!r} at character {offset + match.start()}; "
+            f"allow it (allowed_special), or take it out of disallowed_special to encode it as ordinary text"
+        )
+
+
+def _watched(chunks: Iterable[str], forbidden: SpecialSplitter | None) -> Iterator[str]:
+    """`chunks`, refusing disallowed special tokens, also those that straddle chunks."""
+    tail = ""
+    seen = 0
+    for chunk in chunks:
+        if forbidden:
+            _refuse(forbidden, tail + chunk, seen - len(tail))
+            tail = (tail + chunk)[-(forbidden.longest - 1) :] if forbidden.longest > 1 else ""
+        seen += len(chunk)
+        yield chunk

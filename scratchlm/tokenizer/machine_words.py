@@ -1,0 +1,137 @@
+"""Eight bytes at a time: unaligned loads and stores, prefetch, bit counts — what Numba's own array access cannot say.
+
+    byte  0 1 2 3 4 5 6 7 8 9 …
+          ␣ t o k e n s ␣ a r e              load64(text, 1)  ──►  "tokens ␣a" as one little-endian integer
+            └─────8─────┘
+
+Offsets count bytes from the beginning of the array, whatever its type, and are not checked: each caller has to know that
+the eight bytes are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+_BYTE, _LONG, _INT = ir.IntType(8), ir.IntType(64), ir.IntType(32)
+
+U = np.uint64
+
+
+built_in: Any = intrinsic  # for type checkers, who know nothing of the typing context that Numba fills in
+
+
+# Functions that are never called from Python need nothing for it.
+_PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled as a part of whatever calls it (a call that hands over arrays would count references, which is slow)."""
+    return numba.njit(forceinline=True, **_PART)(function)
+
+
+def outer(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Called from Python: without the interpreter's lock, and kept on disk where a folder for it can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
+def stamp(*files: str) -> int:
+    """A number that changes when any of `files` (of this folder) does.
+
+    Numba's cache looks at the file of the outer function alone. One that calls inner functions of other files keeps
+    this number in its closure, which is part of the cache's key.
+    """
+    digest = hashlib.blake2b(digest_size=7)
+    for name in (Path(__file__).name, *files):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _address(context, builder, array_type, array, offset):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(builder.bitcast(data, _BYTE.as_pointer()), [offset], source_etype=_BYTE)
+
+
+@built_in
+def load64(typing, array, offset):
+    """The 8 bytes at byte `offset` of `array` as uint64."""
+
+    def build(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        return builder.load(builder.bitcast(address, _LONG.as_pointer()), align=1)
+
+    return types.uint64(array, types.int64), build
+
+
+@built_in
+def store64(typing, array, offset, value):
+    """Write uint64 `value` to the 8 bytes at byte `offset` of `array`."""
+
+    def build(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        builder.store(arguments[2], builder.bitcast(address, _LONG.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), build
+
+
+@built_in
+def prefetch(typing, array, offset):
+    """Ask for the cache line that holds byte `offset` of `array`."""
+
+    def build(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
+        builder.call(function, [address, _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), build
+
+
+@built_in
+def least16(typing, array, offset):
+    """The smallest of the 16 uint32 at byte `offset` of `array`, in a few vector instructions."""
+
+    def build(context, builder, signature, arguments):
+        vector = ir.VectorType(_INT, 16)
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        value = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
+        name = "llvm.vector.reduce.umin.v16i32"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(_INT, [vector]), name
+        )
+        return builder.call(function, [value])
+
+    return types.uint32(array, types.int64), build
+
+
+@built_in
+def lowest_bit(typing, value):
+    """Place of the lowest 1 of a uint64 that is not 0."""
+
+    def build(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), build
+
+
+@built_in
+def highest_bit(typing, value):
+    """Place of the highest 1 of a uint64 that is not 0."""
+
+    def build(context, builder, signature, arguments):
+        return builder.sub(_LONG(63), builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1)))
+
+    return types.int64(types.uint64), build

@@ -1,0 +1,191 @@
+"""The compiled road gives the ids of the plain one: any vocabulary, pattern, special tokens, chunking, threads, table size."""
+
+from __future__ import annotations
+
+import random
+import threading
+from itertools import pairwise
+from typing import Any
+
+import bpe_oracle as oracle
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scratchlm.errors import UserError
+from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder
+from scratchlm.tokenizer.encoder import merge_tokens
+
+BYTES = {byte: bytes([byte]) for byte in range(256)}
+PATTERNS = ["gpt2", r"\p{L}+|\d", r"(?s:.+)"]
+
+
+@pytest.fixture(autouse=True)
+def _always_compiled(monkeypatch):
+    """However short a text is, it goes through the compiled functions."""
+    monkeypatch.setattr(encoding, "_SMALL", -1)
+    monkeypatch.setattr(encoding, "_FIRST", -1)
+    monkeypatch.setattr(encoding, "_WORTH_THREAD", 1)
+    monkeypatch.setattr(decoder, "_FEW", -1)
+    monkeypatch.setattr(decoder, "_FIRST", -1)
+
+
+def plain(tokenizer: Tokenizer, text: str | bytes, **options: Any) -> list[int]:
+    """The ids that the reference gives: pre-tokens by `regex`, merges by rank in plain Python."""
+    encoder = tokenizer._encoder
+    specials, _ = encoder.special_choice(options.get("allowed_special", "all"), ())
+    return encoder._plain(encoding._as_str(text), specials).tolist()
+
+
+@st.composite
+def vocabularies(draw: Any) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Merges at random: several that make one token, and tokens that need a later merge; ids in any order."""
+    rng = random.Random(draw(st.integers(0, 1 << 30)))
+    letters = [bytes([byte]) for byte in rng.sample([*b"ab e1'\n\xc3\xa9\xe6\xbc"], k=rng.randint(2, 9))]
+    tokens, merges = list(letters), []
+    for _ in range(draw(st.integers(0, 60))):
+        pair = (rng.choice(tokens), rng.choice(tokens))
+        if pair not in merges:
+            merges.append(pair)
+            if pair[0] + pair[1] not in tokens:
+                tokens.append(pair[0] + pair[1])
+    rng.shuffle(merges)
+    every = [*map(bytes, ([byte] for byte in range(256))), *(token for token in tokens if len(token) > 1)]
+    rng.shuffle(every)
+    return dict(enumerate(every)), merges
+
+
+raw_texts = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                b"a",
+                b"b",
+                b"ab",
+                b" ",
+                b"e",
+                b"1",
+                b"'",
+                b"\n",
+                b"a" * 70,
+                b"ab" * 40,
+                b"b" * 15,
+                b"e" * 16,
+                b"<|end|>",
+            ]
+        ),
+        st.sampled_from(["é", "漢", " the", "'s"]).map(str.encode),
+        st.binary(max_size=5),
+    ),
+    max_size=40,
+).map(b"".join)
+
+
+@given(
+    vocabulary=vocabularies(),
+    data=raw_texts,
+    pattern=st.sampled_from(PATTERNS),
+    whole=st.booleans(),
+    wide=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_random_vocabularies(vocabulary, data, pattern, whole, wide):
+    vocab, merges = vocabulary
+    specials = {"<|end|>": 70_000 if wide else len(vocab)}
+    tokenizer = Tokenizer(vocab, merges, specials, pattern, ignore_merges=whole, cache_bytes=1 << 12)
+    expected = plain(tokenizer, data)
+    ids = tokenizer.encode_array(data)
+    assert ids.dtype == (np.uint32 if wide else np.uint16) and ids.flags.writeable
+    assert ids.tolist() == expected
+    assert tokenizer.encode_array(data).tolist() == expected  # now from the table
+    assert tokenizer.count_tokens(data) == len(expected)
+    assert tokenizer.decode_bytes(ids) == data == tokenizer.decode_bytes(expected)
+
+
+@given(
+    texts=st.lists(oracle.special_texts, max_size=6),
+    chunk=st.integers(1, 40),
+    piece=st.integers(1, 200),
+    threads=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=80)
+def test_any_chunks_pieces_and_threads(texts, chunk, piece, threads):
+    tokenizer = oracle.trained("gpt2", tuple(oracle.OVERLAPPING))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_encoder, "CHUNK", chunk)
+        patch.setattr(fast_encoder, "PIECE", piece)
+        patch.setattr(fast_encoder, "_WINDOW", 7)
+        tokenizer._encoder._fast._free.clear()
+        assert [array.tolist() for array in tokenizer.encode_batch(texts, threads)] == [
+            plain(tokenizer, text) for text in texts
+        ]
+        joined = " so ".join(texts)
+        for text in (joined, joined.encode()):
+            assert tokenizer.encode_array(text, threads=threads).tolist() == plain(tokenizer, text)
+        assert tokenizer.encode_array(joined, allowed_special=(), threads=threads).tolist() == plain(
+            tokenizer, joined, allowed_special=()
+        )
+    tokenizer._encoder._fast._free.clear()
+
+
+@given(text=oracle.special_texts, cuts=st.lists(st.integers(0, 200), max_size=5))
+@settings(deadline=None, max_examples=60)
+def test_any_chunks_of_a_stream(text, cuts):
+    tokenizer = oracle.trained("gpt2", tuple(oracle.OVERLAPPING))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("BLOCK", 20), ("_CLOSELY", 10)):
+            patch.setattr(f"scratchlm.tokenizer.stream.{name}", value)
+        places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+        chunks = [text[start:stop] for start, stop in pairwise(places)]
+        assert list(tokenizer.encode_iterable(chunks)) == plain(tokenizer, text)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 12, 1 << 16])
+def test_a_table_too_small_for_the_words_of_the_text(cache_bytes):
+    tokenizer = Tokenizer(oracle.trained().vocab, oracle.trained().merges, [oracle.EOT], cache_bytes=cache_bytes)
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdehrt", k=rng.choice([3, 9, 15, 16, 17, 40, 90, 300]))) for _ in range(3000)]
+    text = " ".join(rng.choices(words, k=20_000))
+    assert tokenizer.encode_array(text).tolist() == plain(tokenizer, text)
+    [worker] = tokenizer._encoder._fast._free
+    assert 0 < worker.table.bytes <= max(cache_bytes, 1 << 15)
+
+
+def test_threads_share_a_tokenizer():
+    tokenizer = Tokenizer(oracle.trained().vocab, oracle.trained().merges, [oracle.EOT], cache_bytes=1 << 12)
+    text = oracle.TEXT * 20
+    expected = plain(tokenizer, text)
+    wrong: list[int] = []
+
+    def work() -> None:
+        wrong.extend(1 for _ in range(10) if tokenizer.encode(text) != expected)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and 1 <= len(tokenizer._encoder._fast._free) <= 4
+
+
+@pytest.mark.parametrize("unit", [b"a", b"ab", b"abcdehrt0123", bytes(range(256)), "天地玄黃".encode()])
+def test_one_long_pre_token(unit):
+    """Working memory grows to what the longest needs; the order of merges is that of the reference."""
+    tokenizer = Tokenizer(oracle.trained().vocab, oracle.trained().merges, [], r"(?s:.+)")
+    rng = random.Random(2)
+    data = b"".join(rng.choices([unit, unit[:1], unit[::-1]], k=60_000 // len(unit)))
+    assert tokenizer.encode(data) == merge_tokens([tokenizer._byte_ids[byte] for byte in data], tokenizer._ranks)
+
+
+def test_disallowed_and_unknown_are_named():
+    tokenizer = oracle.trained()
+    with pytest.raises(UserError, match=r"disallowed special token '<\|endoftext\|>' at character 2"):
+        tokenizer.encode_array(("é " + oracle.EOT).encode(), allowed_special=(), disallowed_special="all")
+    bad: list[Any] = [[5, 700], [5, -1], np.array([5, 1 << 63], np.uint64), [5, 1 << 70], [5, "a"]]
+    for ids in bad:
+        with pytest.raises(UserError, match="at position 1 is not in the vocabulary"):
+            tokenizer.decode(ids)
+    with pytest.raises(UserError, match="in list 1 of the batch: id 700 at position 0"):
+        tokenizer.decode_batch([[5], [700]])
+    assert tokenizer.decode_batch([[72, 105], np.array([], np.uint16)]) == ["Hi", ""]
