@@ -41,6 +41,10 @@ class TrainArguments(Section):
         default=["<|endoftext|>"], description="Kept whole, never merged with anything."
     )
     min_frequency: int = Field(default=1, ge=1, description="Pairs seen less often are not merged.")
+    max_word_length: int | None = Field(
+        default=None, ge=1, description="Longer pre-tokens (in bytes: base64, minified code) are not learnt from."
+    )
+    workers: int | None = Field(default=None, ge=1, description="Threads that count words; none: one per core.")
     separator: str = Field(default="<|endoftext|>", description="Splits a text file into documents.")
     text_field: str = Field(default="text", description="Field or column of the text (JSON lines, parquet).")
     overwrite: bool = OVERWRITE
@@ -69,6 +73,8 @@ def train(arguments: list[str]) -> None:
         special_tokens=options.special_tokens,
         pattern=options.pattern,
         min_frequency=options.min_frequency,
+        max_word_length=options.max_word_length,
+        workers=options.workers,
         progress=True,
     )
     if out.suffix == ".json":

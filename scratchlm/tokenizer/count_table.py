@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import kernel
+from scratchlm.tokenizer.kernels import kernel, part
 
 PAD = 16
 """Bytes behind the last word that a buffer must have: keys are read eight bytes at a time."""
@@ -55,11 +54,7 @@ def eight_bytes(typing_context: Any, data: Any, at: Any) -> Any:
     return types.uint64(data, at), generate
 
 
-def _inner(function: Any) -> Any:
-    return numba.njit(nogil=True)(function)
-
-
-@_inner
+@part
 def _hash(low, high):
     mixed = low * _MIX + high * _MIX_HIGH
     mixed ^= mixed >> np.uint64(32)
@@ -67,7 +62,7 @@ def _hash(low, high):
     return np.int64(mixed >> np.uint64(20))
 
 
-@_inner
+@part
 def _long_key(data, begin, size):
     """A hash of all bytes of a long word, for `low`."""
     mixed = np.uint64(size) * _MIX
@@ -82,7 +77,7 @@ def _long_key(data, begin, size):
     return mixed
 
 
-@_inner
+@part
 def _slot(slots, rows, low, high, slot):
     """Where a short word is, or may be put."""
     mask = len(slots) - 1
@@ -91,7 +86,7 @@ def _slot(slots, rows, low, high, slot):
     return slot
 
 
-@_inner
+@part
 def _long_slot(slots, rows, arena, low, data, begin, size):
     """Where a long word is, or may be put."""
     mask = len(slots) - 1
@@ -111,7 +106,7 @@ def _long_slot(slots, rows, arena, low, data, begin, size):
     return slot
 
 
-@_inner
+@part
 def _keep(arena, at, data, begin, size):
     """Write a long word to the arena; returns its end there."""
     for byte in range(8):

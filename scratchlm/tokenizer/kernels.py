@@ -19,6 +19,14 @@ def kernel(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
+_PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """A function that only kernels call: without what Python would need to call it, which halves its compile time."""
+    return numba.njit(**_PART)(function)
+
+
 def announce(first: Any, work: str, show: bool) -> None:
     """Say so if a kernel has to be compiled: nobody should watch a bar stand still without knowing why.
 

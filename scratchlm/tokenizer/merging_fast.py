@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import announce, kernel
+from scratchlm.tokenizer.kernels import announce, kernel, part
 from scratchlm.tokenizer.merging import Pair, Tick
 
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # Fibonacci hashing (Knuth, volume 3, 6.4)
@@ -52,7 +52,7 @@ _NEXT_ROUND = 12
 _INT32_PLACES = 2**31 - 2
 
 
-@kernel
+@part
 def _greater_token(first, second, prefix, pool, start):
     """-1, 0 or 1: the byte string of `first` is less than, equal to or greater than that of `second`."""
     if first == second:
@@ -69,7 +69,7 @@ def _greater_token(first, second, prefix, pool, start):
     return 1 if at < end else -1
 
 
-@kernel
+@part
 def _above(count, key, other_count, other_key, prefix, pool, start):
     """Whether the pair `key` is to be merged before the pair `other_key`."""
     if count != other_count:
@@ -80,7 +80,7 @@ def _above(count, key, other_count, other_key, prefix, pool, start):
     return order > 0
 
 
-@kernel
+@part
 def _rise(heap, claimed, position, keys, prefix, pool, start):
     pair, count = heap[position], claimed[position]
     while position > 0:
@@ -92,7 +92,7 @@ def _rise(heap, claimed, position, keys, prefix, pool, start):
     heap[position], claimed[position] = pair, count
 
 
-@kernel
+@part
 def _sink(heap, claimed, size, keys, prefix, pool, start):
     position = 0
     pair, count = heap[0], claimed[0]
@@ -112,7 +112,7 @@ def _sink(heap, claimed, size, keys, prefix, pool, start):
     heap[position], claimed[position] = pair, count
 
 
-@kernel
+@part
 def _slot(table, keys, key):
     """Where the pair is, or may be put, in the hash table (linear probing; the size is a power of two)."""
     mask = len(table) - 1
@@ -122,7 +122,7 @@ def _slot(table, keys, key):
     return slot
 
 
-@kernel
+@part
 def _rehash(keys, known, room):
     table = np.empty(4 * room, np.int32)
     for slot in range(len(table)):
@@ -132,7 +132,7 @@ def _rehash(keys, known, room):
     return table
 
 
-@kernel
+@part
 def _longer(array, size):
     grown = np.empty(size, array.dtype)
     for index in range(len(array)):
@@ -191,7 +191,7 @@ def _compact(token, size, weight, width, edge, sketch):
     return write, words
 
 
-@kernel
+@part
 def _candidates(token, begin, end, word, edge, sketch, least, found_key, found_at, found_word):
     """Places in [begin, end) whose pair may occur `least` times. No branch: half of them would be mispredicted.
 
@@ -221,11 +221,11 @@ def _survey(token, size, weight, edge, sketch, least, index):
     found_key = np.empty(_BLOCK, np.int64)
     found_at = np.empty(_BLOCK, np.int64)
     found_word = np.empty(_BLOCK, np.int64)
-    room = 1 << 12
+    room = np.int64(1 << 12)
     keys, counts, many = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    known = 0
+    known = np.int64(0)
     table = _rehash(keys, known, room)
-    word = 0
+    word = np.int64(0)
     for begin in range(1, size - 1, _BLOCK):
         end = min(begin + _BLOCK, size - 1)
         found, word = _candidates(token, begin, end, word, edge, sketch, least, found_key, found_at, found_word)
@@ -247,7 +247,7 @@ def _survey(token, size, weight, edge, sketch, least, index):
     for slot in range(len(sketch)):
         sketch[slot] = 0
     first = np.empty(room, np.int64)
-    listed = total = 0
+    listed = total = np.int64(0)
     for pair in range(known):
         if counts[pair] >= least:
             keys[listed], counts[listed], first[listed] = keys[pair], counts[pair], total
@@ -260,10 +260,12 @@ def _survey(token, size, weight, edge, sketch, least, index):
 
     places = np.empty(total + total // 4 + 64, index.dtype)
     shares = np.empty(len(places), index.dtype)
-    word = 0
+    word = np.int64(0)
     for begin in range(1, size - 1, _BLOCK):
         end = min(begin + _BLOCK, size - 1)
-        found, word = _candidates(token, begin, end, word, edge, sketch, 1, found_key, found_at, found_word)
+        found, word = _candidates(
+            token, begin, end, word, edge, sketch, np.int64(1), found_key, found_at, found_word
+        )
         for candidate in range(found):
             pair = table[_slot(table, keys, found_key[candidate])]
             if pair >= 0:
@@ -275,15 +277,15 @@ def _survey(token, size, weight, edge, sketch, least, index):
     return keys, counts, first, many, known, table, places, shares, total
 
 
-@kernel
+@part
 def _name(new, left, right, prefix, pool, start):
     """Write down the byte string of a new token, and its first eight bytes as a number. Returns the pool."""
     size = start[left + 1] - start[left] + start[right + 1] - start[right]
     begin = start[new]
     if begin + size > len(pool):
         pool = _longer(pool, 2 * (begin + size))
-    for part in (left, right):
-        for at in range(start[part], start[part + 1]):
+    for token in (left, right):
+        for at in range(start[token], start[token + 1]):
             pool[begin] = pool[at]
             begin += 1
     start[new + 1] = begin
@@ -305,7 +307,7 @@ def _merge(
     """
     gone = edge + 1  # where the second part of a merged token began
     room = len(keys)
-    heap, claimed = np.empty(room, np.int32), np.empty(room, np.int64)
+    heap, claimed = np.empty(room, np.int64), np.empty(room, np.int64)
     heaped = 0
     for pair in range(known):
         heap[heaped], claimed[heaped] = pair, counts[pair]
