@@ -16,15 +16,11 @@ processor waits for several cache lines at once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import kernel, part
+from scratchlm.tokenizer.kernels import part
+from scratchlm.tokenizer.machine_words import load64, outer
 
 PAD = 16
 """Bytes behind the last word that a buffer must have: keys are read eight bytes at a time."""
@@ -38,20 +34,6 @@ _MIX, _MIX_HIGH, _MIX_LAST = (
 # Of the first, and of the second eight bytes from where a word begins, by its length: those that belong to it.
 _FIRST = np.array([(1 << (8 * min(length, 8))) - 1 for length in range(16)], np.uint64)
 _SECOND = np.array([(1 << (8 * max(length - 8, 0))) - 1 for length in range(16)], np.uint64)
-
-built_in: Any = intrinsic
-
-
-@built_in
-def eight_bytes(typing_context: Any, data: Any, at: Any) -> Any:
-    """``data[at : at + 8]`` as one number, the first byte lowest."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        start = builder.gep(array.data, [arguments[1]])
-        return builder.load(builder.bitcast(start, ir.IntType(64).as_pointer()), align=1)
-
-    return types.uint64(data, at), generate
 
 
 @part
@@ -68,11 +50,11 @@ def _long_key(data, begin, size):
     mixed = np.uint64(size) * _MIX
     at = begin
     while at + 8 <= begin + size:
-        mixed = (mixed ^ eight_bytes(data, at)) * _MIX_HIGH
+        mixed = (mixed ^ load64(data, at)) * _MIX_HIGH
         mixed ^= mixed >> np.uint64(29)
         at += 8
     if at < begin + size:
-        mixed = (mixed ^ (eight_bytes(data, at) & _FIRST[begin + size - at])) * _MIX_HIGH
+        mixed = (mixed ^ (load64(data, at) & _FIRST[begin + size - at])) * _MIX_HIGH
         mixed ^= mixed >> np.uint64(29)
     return mixed
 
@@ -95,7 +77,7 @@ def _long_slot(slots, rows, arena, low, data, begin, size):
         row = slots[slot]
         if rows[row, 0] == low and rows[row, 1] >= _LONG:
             at = np.int64(rows[row, 1] ^ _LONG)
-            if np.int64(eight_bytes(arena, at)) == size:
+            if np.int64(load64(arena, at)) == size:
                 at += 8
                 same = 0
                 while same < size and arena[at + same] == data[begin + same]:
@@ -117,7 +99,7 @@ def _keep(arena, at, data, begin, size):
     return at + size
 
 
-@kernel
+@outer
 def _add(data, spans, begin, end, longest, slots, rows, arena, used):
     """Count ``spans[begin:end]``. Returns where it stopped: at `end`, or at a long word for which the arena has no room.
 
@@ -134,8 +116,8 @@ def _add(data, spans, begin, end, longest, slots, rows, arena, used):
             if at < 0 or size > 15:
                 size = 0
                 at = 0
-            low = eight_bytes(data, at) & _FIRST[size]
-            high = eight_bytes(data, at + 8) & _SECOND[size] | np.uint64(size) << np.uint64(56)
+            low = load64(data, at) & _FIRST[size]
+            high = load64(data, at + 8) & _SECOND[size] | np.uint64(size) << np.uint64(56)
             lows[index], highs[index] = low, high
             homes[index] = _hash(low, high) & mask
         for index in range(ahead):
@@ -173,7 +155,7 @@ def _add(data, spans, begin, end, longest, slots, rows, arena, used):
     return end
 
 
-@kernel
+@outer
 def _rehash(slots, rows, number):
     mask = len(slots) - 1
     for slot in range(len(slots)):
@@ -186,7 +168,7 @@ def _rehash(slots, rows, number):
         slots[slot] = row
 
 
-@kernel
+@outer
 def _absorb(other_rows, number, other_arena, slots, rows, arena, used):
     """Add the counts of another table, for which there must be room."""
     for other in range(number):
@@ -195,7 +177,7 @@ def _absorb(other_rows, number, other_arena, slots, rows, arena, used):
             slot = _slot(slots, rows, low, high, _hash(low, high) & (len(slots) - 1))
         else:
             at = np.int64(high ^ _LONG)
-            size = np.int64(eight_bytes(other_arena, at))
+            size = np.int64(load64(other_arena, at))
             slot = _long_slot(slots, rows, arena, low, other_arena, at + 8, size)
             if slots[slot] < 0:
                 high = _LONG | np.uint64(used[1])
@@ -208,7 +190,7 @@ def _absorb(other_rows, number, other_arena, slots, rows, arena, used):
         rows[slots[slot], 2] += other_rows[other, 2]
 
 
-@kernel
+@outer
 def _unpack(rows, number, arena, text, ends, counts):
     """Write the words behind each other; with an empty `text` only add up their sizes. Returns the size."""
     end = np.int64(0)
@@ -216,7 +198,7 @@ def _unpack(rows, number, arena, text, ends, counts):
         low, high = rows[row, 0], rows[row, 1]
         is_long = high >= _LONG
         at = np.int64((high ^ _LONG) if is_long else _NONE)
-        size = np.int64(eight_bytes(arena, at) if is_long else high >> np.uint64(56))
+        size = np.int64(load64(arena, at) if is_long else high >> np.uint64(56))
         if len(text) > 0:
             for byte in range(size):
                 if is_long:

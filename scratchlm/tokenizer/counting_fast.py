@@ -24,9 +24,10 @@ import numpy as np
 
 from scratchlm.errors import UserError
 from scratchlm.tokenizer import count_table
-from scratchlm.tokenizer.count_table import PAD, CountTable, eight_bytes
+from scratchlm.tokenizer.count_table import PAD, CountTable
 from scratchlm.tokenizer.counting import Documents, FileRange, WordCounts, lone_surrogate
-from scratchlm.tokenizer.kernels import announce, kernel
+from scratchlm.tokenizer.kernels import announce
+from scratchlm.tokenizer.machine_words import load64, outer
 from scratchlm.tokenizer.merging import Tick
 from scratchlm.tokenizer.scanner import Scan
 
@@ -38,13 +39,13 @@ _WINDOW = 4 << 20
 _UNDECIDED = 8
 
 
-@kernel
+@outer
 def _valid_until(data, begin, end):
     """The first byte from `begin` on that is not UTF-8 or belongs to a character cut off by `end`; `end` if there is none."""
     at = begin
     ascii_only = np.uint64(0x8080808080808080)
     while at < end:
-        while at + 8 <= end and eight_bytes(data, at) & ascii_only == np.uint64(0):
+        while at + 8 <= end and load64(data, at) & ascii_only == np.uint64(0):
             at += 8
         if at == end:
             break

@@ -1,4 +1,4 @@
-"""What the room's compiled loops share: the decorator, and the line that says why the first call takes seconds."""
+"""What training's compiled loops share: how their parts are compiled, and the line that says why the first call takes seconds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ from typing import Any
 import numba
 from tqdm import tqdm
 
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """``njit`` without Python's lock and with its disk cache, or without that where no folder for it can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
-
-
 _PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """A function that only kernels call: without what Python would need to call it, which halves its compile time."""
+    """A function that only kernels call: without what Python would need to call it, and inlined only where LLVM thinks it
+    pays, since every copy costs compile time."""
     return numba.njit(**_PART)(function)
 
 

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import announce, kernel, part
+from scratchlm.tokenizer.kernels import announce, part
+from scratchlm.tokenizer.machine_words import outer
 from scratchlm.tokenizer.merging import Pair, Tick
 
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # Fibonacci hashing (Knuth, volume 3, 6.4)
@@ -140,7 +141,7 @@ def _longer(array, size):
     return grown
 
 
-@kernel
+@outer
 def _spread(text, ends, counts, edge, token, weight):
     """Lay out the words as bytes; those of one byte are left out. Returns how many places and words there are."""
     token[0] = edge
@@ -159,7 +160,7 @@ def _spread(text, ends, counts, edge, token, weight):
     return size, words
 
 
-@kernel
+@outer
 def _compact(token, size, weight, width, edge, sketch):
     """One place per token, no words of one token, and a new sketch. Returns how many places and words remain."""
     mask = len(sketch) - 1
@@ -211,7 +212,7 @@ def _candidates(token, begin, end, word, edge, sketch, least, found_key, found_a
     return found, word
 
 
-@kernel
+@outer
 def _survey(token, size, weight, edge, sketch, least, index):
     """The pairs that occur `least` times: their keys (left << 32 | right), counts, and places in ascending order.
 
@@ -296,7 +297,7 @@ def _name(new, left, right, prefix, pool, start):
     return pool
 
 
-@kernel
+@outer
 def _merge(
     token, weight, width, keys, counts, first, many, known, table, places, shares, total,
     edge, least, made, achieved, prefix, pool, start, signals,
