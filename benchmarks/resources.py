@@ -6,7 +6,9 @@ peak of the traced step. What torch's compiler itself holds is none of the model
 the resident set between two steps, and the tensors that are there then. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
 warming up, compared with the prediction from `scratchlm resources measure`, which must have been run on this machine before.
 
-Run: ``python benchmarks/resources.py [--what memory time] [--steps 12] [--out docs/results/resources]``.
+Start: whole processes of `scratchlm resources`, interleaved with one that only imports torch, by the clock and by the CPU's time.
+
+Run: ``python benchmarks/resources.py [--what memory time start] [--steps 12] [--out docs/results/resources]``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -69,6 +72,21 @@ TIME: dict[str, dict[str, Any]] = {
     "bf16 muon": case("bf16", optim={"optimizer": "muon"}),
     "bf16 d 256 compiled": case("bf16", compile=True),
     "bf16 d 512 compiled": case("bf16", model={"d_model": 512, "heads": 8}, compile=True),
+}
+
+
+START = {
+    "import torch": ["-c", "import torch"],
+    "recipes/python-stdlib.toml": [
+        "-m",
+        "scratchlm",
+        "resources",
+        "recipes/python-stdlib.toml",
+        "--device",
+        "h100",
+    ],
+    "gpt2-xl": ["-m", "scratchlm", "resources", "gpt2-xl", "--device", "h100"],
+    "llama-3-70b": ["-m", "scratchlm", "resources", "llama-3-70b", "--device", "h100"],
 }
 
 
@@ -183,6 +201,29 @@ def predict(what: str, given: dict[str, Any]) -> float:
     return sum(seconds_by_phase(step.trace, Measured(load_measurement()), given["compile"]).values())
 
 
+def measure_start(rounds: int) -> list[dict[str, Any]]:
+    """Whole processes, the first round thrown away: it fills the file cache."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in START}
+    for _ in range(rounds + 1):
+        for name, arguments in START.items():
+            used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken[name].append((seconds, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime))
+    rows = []
+    for name, runs in taken.items():
+        clock, cpu = ([run[at] for run in runs[1:]] for at in (0, 1))
+        rows.append(
+            {"case": name, "seconds": statistics.median(clock), "spread": [min(clock), max(clock)]}
+            | {"cpu_seconds": statistics.median(cpu), "cpu_spread": [min(cpu), max(cpu)]}
+        )
+        print(
+            f"start   {name:<30} {rows[-1]['seconds']:.2f} s, {rows[-1]['cpu_seconds']:.2f} s of the CPU",
+            flush=True,
+        )
+    return rows
+
+
 def child(what: str, given: dict[str, Any], steps: int) -> None:
     if what == "memory":
         print(json.dumps(measure_memory(given)))
@@ -195,9 +236,10 @@ def child(what: str, given: dict[str, Any], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="*", default=["memory", "time"], choices=["memory", "time"])
+    parser.add_argument("--what", nargs="*", default=["memory", "time"], choices=["memory", "time", "start"])
     parser.add_argument("--only", nargs="*", default=None, help="names of configurations")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5, help="of whole processes")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for memory.json and time.json; none: only print"
     )
@@ -212,10 +254,10 @@ def main() -> None:
 
     summary = {}
     for what in options.what:
-        rows = []
-        cases = {"memory": MEMORY, "time": TIME}[what]
+        rows = measure_start(options.rounds) if what == "start" else []
+        cases = {"memory": MEMORY, "time": TIME}.get(what, {})
         chosen = {name: given for name, given in cases.items() if options.only is None or name in options.only}
-        for name, given in progress(chosen.items(), description=what, unit="model"):
+        for name, given in progress(chosen.items(), description=what, unit="model") if chosen else ():
             predicted = predict(what, given)
             command = [sys.executable, __file__, "--child", what, json.dumps(given), "--steps", str(options.steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -236,7 +278,9 @@ def main() -> None:
                 "results": rows,
             }
             write_json(options.out / f"{what}.json", written)
-        errors = [abs(row["error"]) for row in rows]
+        errors = [abs(row["error"]) for row in rows if "error" in row]
+        if not errors:
+            continue
         summary[what] = {
             "cases": len(rows),
             "median_error": statistics.median(errors),

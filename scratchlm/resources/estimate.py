@@ -19,8 +19,8 @@ from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation, Trace
 
-BIT_8_STATES = 2 + 8 / 256
-"""Bytes per parameter of two moments in 8 bits with a 32-bit scale per block of 256 (Dettmers et al. 2022, arXiv 2110.02861)."""
+IN_8_BITS = (1 + 4 / 256) / 4
+"""Of a state in fp32 what it takes in 8 bits, with a scale in fp32 per block of 256 (Dettmers et al. 2022, arXiv 2110.02861)."""
 
 
 @dataclass
@@ -436,9 +436,8 @@ def _savings(
         found["chunked loss"] = peak_with(rows, loss_kernel="chunked")
     found["checkpointing whole blocks"] = checkpointed_peak(step)
     state = sum(s.size for s in step.trace.storages if s.kind == "optimizer state")
-    params = sum(step.params.values())
-    if recipe.optim.optimizer == "adamw" and state:
-        found["optimizer states in 8 bits"] = peak - state + round(BIT_8_STATES * params)
+    if state:
+        found["optimizer states in 8 bits"] = peak - state + round(IN_8_BITS * state)
     return {name: bytes_ for name, bytes_ in found.items() if bytes_ != peak}
 
 

@@ -131,7 +131,9 @@ def test_what_could_be_saved() -> None:
     saved = found.memory.peak - found.savings["optimizer states in 8 bits"]
     assert saved == pytest.approx(state * (1 - 2 / 8), rel=0.02)  # 8 bytes become a little more than 2
     assert found.savings["chunked loss"] < found.memory.peak
-    sgd = estimate(recipe(optim={"optimizer": "sgd"}), precision="bf16")
+    momentum = estimate(recipe(optim={"optimizer": "sgd"}), precision="bf16")
+    assert momentum.savings["optimizer states in 8 bits"] < momentum.memory.peak
+    sgd = estimate(recipe(optim={"optimizer": "sgd", "momentum": 0, "nesterov": False}), precision="bf16")
     assert "optimizer states in 8 bits" not in sgd.savings and "bf16 autocast" not in sgd.savings
 
 
