@@ -187,6 +187,7 @@ ATTENTION_KERNEL = Choices(
         "sdpa": "kernels.attention:sdpa_attention",
         "blocked": "kernels.blocked_attention:blocked_attention",
         "flex": "kernels.flex_attention:flex_attention",
+        "flash": "kernels.flash_attention:flash_attention",
     },
 )
 

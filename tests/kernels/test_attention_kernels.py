@@ -1,4 +1,4 @@
-"""Attention: three implementations against loops in float64 and torch's own function."""
+"""Attention: every implementation against loops in float64 and torch's own function."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from scratchlm.kernels import attention as kernels
 from scratchlm.kernels import blocked_attention as blocked
 from scratchlm.kernels.attention import Scores, auto_attention, reference_attention, sdpa_attention
 from scratchlm.kernels.blocked_attention import blocked_attention
+from scratchlm.kernels.flash_attention import flash_attention
 from scratchlm.kernels.flex_attention import flex_attention
 from scratchlm.kernels.visibility import Rule, Visibility, columns_per_block, plan_of, scores_computed
 from scratchlm.model.mask import SlidingWindow, Strided
@@ -28,6 +29,8 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "blocked": functools.partial(blocked_attention, block=4),
     "blocked, 128": blocked_attention,
     "auto": auto_attention,
+    "flash": functools.partial(flash_attention, tile=4),
+    "flash, 128": flash_attention,
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
 
@@ -236,7 +239,7 @@ def test_layers_share_what_follows_from_the_mask(
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("kernel", [blocked_attention, auto_attention])
+@pytest.mark.parametrize("kernel", [blocked_attention, auto_attention, flash_attention])
 def test_reading_in_place_changes_nobodys_tensors(kernel: Callable[..., Tensor], cap: float | None) -> None:
     q, k, v = drawn(140, kv_heads=2)
     before = [t.clone() for t in (q, k, v)]
@@ -306,12 +309,14 @@ def test_a_mask_in_parts(stride: int, packed: bool, block: int) -> None:
     assert torch.equal(whole.matrix(), dense.matrix())
     ours, theirs = blocked_attention(*tensors, whole, scores), reference_attention(*tensors, dense, scores)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(flash_attention(*tensors, whole, scores), theirs, rtol=1e-9, atol=1e-11)
     wanted = [*tensors, sinks]
     gradients = [torch.autograd.grad(out.sin().sum(), wanted) for out in (ours, theirs)]
     for gradient, exact in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:attention_kernel = flash has no dropout")
 @every_kernel
 def test_dropout_keeps_the_mean(kernel: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
@@ -376,7 +381,7 @@ def test_bfloat16_stays_near_and_keeps_its_dtype(kernel: Callable[..., Tensor]) 
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 6])
-@pytest.mark.parametrize("kernel", [KERNELS["reference"], KERNELS["blocked"]], ids=["reference", "blocked"])
+@pytest.mark.parametrize("kernel", [KERNELS[name] for name in ("reference", "blocked", "flash")])
 def test_gradcheck(kernel: Callable[..., Tensor], length: int) -> None:
     tensors = drawn(length, heads=2, kv_heads=1, lead=(1,), width=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(kernel, [t.requires_grad_() for t in tensors])

@@ -126,6 +126,22 @@ BESIDE_THE_AXES: dict[str, dict[str, Any]] = {
         "window": 6,
         "kv_heads": 2,
     },
+    "flash, sinks, cap": {
+        "attention_sinks": True,
+        "attention_soft_cap": 2.0,
+        "attention_kernel": "flash",
+        "position": "alibi",
+        "mask": "sliding_window",
+        "window": 6,
+        "kv_heads": 2,
+    },
+    "flash, mla": {
+        "attention": "mla",
+        "latent": {"kv_rank": 10, "rope_dim": 4, "value_dim": 5},
+        "attention_kernel": "flash",
+        "mask": "strided causal",
+        "stride": 4,
+    },
     "three linear, one full": {"layers": 4, "attention": "linear linear linear mha", "linear": {"chunk": 8}},
     "delta and window": {
         "attention": "gated_delta mha",
