@@ -16,7 +16,7 @@ fp32 (no tf32). Without a GPU the kernels run in Triton's interpreter: TRITON_IN
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ LARGEST = 128
 """Every tile's height divides it."""
 INTERPRETER_TILES = (16, 16)
 """Queries and keys of a tile where no GPU chooses them."""
+FIXED: dict[str, int] | None = None
+"""Tiles, warps and stages to take without measuring: for tests on a GPU, which would else compile every candidate."""
 
 
 # --- what all kernels share -----------------------------------------------------------------------------------------------
@@ -231,18 +233,31 @@ def _forward(
 
 # --- which tiles ----------------------------------------------------------------------------------------------------------
 
-Tiles = Sequence[tuple[int, int, int, int]]
-"""Candidates: queries and keys of a tile, warps, stages of the pipeline."""
+Tiles = Mapping[int, Sequence[tuple[int, int, int, int]]]
+"""Candidates for heads up to a width: queries and keys of a tile, warps, stages of the pipeline.
 
-NARROW: Tiles = (
-    (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3),
-)  # fmt: skip
-MIDDLE: Tiles = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3))
-WIDE: Tiles = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2))
-FP32: Tiles = ((64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1))
+They are those that the compiler fits into the registers and the shared memory of sm_80 and sm_90 without spilling, and for each width at least
+one needs no more than the 99 KiB that smaller GPUs have (`tests/kernels/test_flash_attention_triton.py` asks the compiler).
+"""
+
+HALF: Tiles = {
+    64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
+    128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
+    256: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+}
+FP32: Tiles = {
+    64: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)),
+    128: ((32, 32, 8, 1), (32, 16, 4, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1)),
+}
 
 
-def tuned(kernel: Any, narrow: Tiles, middle: Tiles, wide: Tiles, fp32: Tiles) -> Callable[..., Any]:
+def candidates(tiles: Tiles, width: int) -> Sequence[tuple[int, int, int, int]]:
+    """Those of the narrowest class that holds the width."""
+    return tiles[min(widest for widest in tiles if width <= widest)]
+
+
+def tuned(kernel: Any, half: Tiles, fp32: Tiles) -> Callable[..., Any]:
     """The kernel that on first use with a width, a kind of mask and a length's power of two measures its candidates.
 
     In the interpreter nothing is measured: tiles are of `INTERPRETER_TILES`.
@@ -251,16 +266,13 @@ def tuned(kernel: Any, narrow: Tiles, middle: Tiles, wide: Tiles, fp32: Tiles) -
         return kernel
 
     def fitting(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
-        width = max(meta["WIDTH"], meta["VALUE_WIDTH"])
-        tiles = narrow if width <= 64 else middle if width <= 128 else wide
-        if meta["PRECISION"] == "ieee":
-            tiles = fp32 if width <= 128 else fp32[-1:]
-        shapes = {(m, n, warps, stages) for m, n, warps, stages in tiles}
+        tiles = fp32 if meta["PRECISION"] == "ieee" else half
+        shapes = set(candidates(tiles, max(meta["WIDTH"], meta["VALUE_WIDTH"])))
         return [
             c for c in configs if (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps, c.num_stages) in shapes
         ]
 
-    every = dict.fromkeys((*narrow, *middle, *wide, *fp32))
+    every = dict.fromkeys(tile for tiles in (half, fp32) for some in tiles.values() for tile in some)
     return triton.autotune(
         [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in every],
         key=[
@@ -280,9 +292,11 @@ def tuned(kernel: Any, narrow: Tiles, middle: Tiles, wide: Tiles, fp32: Tiles) -
 
 
 def launch(kernel: Any, programs: Callable[[dict[str, Any]], tuple[int, ...]], *given: Any, **meta: Any) -> None:
-    """Run a kernel, from :func:`tuned` or without tiles to choose, on the device of its first argument."""
-    if not isinstance(kernel, triton.runtime.autotuner.Autotuner) and meta:
+    """Run a kernel of :func:`tuned` on the device of its first argument."""
+    if not isinstance(kernel, triton.runtime.autotuner.Autotuner):
         meta |= {"BLOCK_M": INTERPRETER_TILES[0], "BLOCK_N": INTERPRETER_TILES[1]}
+    elif FIXED is not None:
+        kernel, meta = kernel.fn, meta | FIXED
     with torch.cuda.device_of(given[0]):
         kernel[programs](*given, **meta)
 
@@ -341,12 +355,13 @@ def _one(at):
 def probe(device: torch.device) -> None:
     """Compile and run a kernel of one line there: raises whatever keeps Triton from it."""
     found = torch.zeros(1, dtype=torch.int32, device=device)
-    launch(_one, lambda _: (1,), found)
+    with torch.cuda.device_of(found):
+        _one[(1,)](found)
     if found.item() != 1:
         raise RuntimeError("a kernel that stores a one did not")
 
 
-_kernel = tuned(_forward, NARROW, MIDDLE, WIDE, FP32)
+_kernel = tuned(_forward, HALF, FP32)
 
 
 def forward(

@@ -57,8 +57,8 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=cases(), tile=st.sampled_from([1, 4, 8, 128]))
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), tile=st.sampled_from([3, 8, 16, 128]))
 def test_outputs_and_gradients_are_the_formulas(case: Case, tile: int) -> None:
     right = exact(case, torch.float64)
     for kernel in (functools.partial(tiled_attention, tile=tile), functools.partial(flash_attention, tile=tile)):
@@ -77,9 +77,8 @@ def test_the_operation_by_tiles_is_the_formula(case: Case) -> None:
 
 
 EVERYTHING = Case(
-    queries=11,
-    keys=11,
-    batch=2,
+    queries=7,
+    keys=7,
     heads=4,
     kv_heads=2,
     head_dim=3,
@@ -96,9 +95,9 @@ EVERYTHING = Case(
     [
         EVERYTHING,
         replace(EVERYTHING, window=4),
-        replace(EVERYTHING, documents=(5, 6)),
-        replace(EVERYTHING, padding=(0, 3)),
-        replace(EVERYTHING, queries=5),
+        replace(EVERYTHING, documents=(3, 4)),
+        replace(EVERYTHING, batch=2, padding=(0, 3)),
+        replace(EVERYTHING, queries=3),
     ],
     ids=str,
 )

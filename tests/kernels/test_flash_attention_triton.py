@@ -7,9 +7,15 @@ The interpreter runs a program per tile in Python, so `make test` takes a few sm
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +33,8 @@ from scratchlm.kernels import flash_attention_triton as kernels
 from scratchlm.kernels.flash_attention_op import fused_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
+    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +61,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
     """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen."""
     monkeypatch.setattr(op, "INTERPRETED", True)
+    monkeypatch.setattr(kernels, "FIXED", {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1})
     op._trouble.cache_clear()
     op._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
@@ -149,6 +158,25 @@ def test_a_machine_without_a_compiler_gets_the_tiles_and_is_told_once(
     ]
 
 
+def ahead(*options: str) -> list[dict[str, Any]]:
+    """The lines of `triton_ahead.py`, from a process in which Triton compiles."""
+    script = Path(__file__).with_name("triton_ahead.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+compiles = pytest.mark.skipif(
+    platform.machine() != "x86_64" or not sys.platform.startswith("linux"), reason="Triton's compiler is not here"
+)
+
+
+@compiles
+def test_the_compiler_takes_the_kernels_with_everything_in_them() -> None:
+    assert [row["kernel"] for row in ahead("90")] == ["forward", "keys", "queries"]
+
+
 # --- slow -----------------------------------------------------------------------------------------------------------------
 
 
@@ -177,3 +205,16 @@ def test_the_grid(head_dim: int, dtype: torch.dtype, told: list[warnings.Warning
         if "documents" in fields[1] and case.queries == case.keys:
             case = replace(case, documents=(case.keys // 3, case.keys - case.keys // 3))
         held(case, dtype, told)
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize(("capability", "most"), [("90", 227), ("80", 163)])
+def test_every_candidate_fits(capability: str, most: int) -> None:
+    """Nothing worth mentioning is spilled from registers, shared memory suffices, and small GPUs have a candidate of each width."""
+    rows = ahead(capability, "--all")
+    assert len(rows) > 40
+    assert all(row["shared"] <= most * 1024 and row["stack"] <= 64 for row in rows), rows
+    classes = {(row["kernel"], row["dtype"], row["width"]) for row in rows}
+    small = {(row["kernel"], row["dtype"], row["width"]) for row in rows if row["shared"] <= 99 * 1024}
+    assert small == classes
