@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,11 @@ def free_memory(device: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def measured(options: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+def measured(options: argparse.Namespace, deadline: float) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one case after the other."""
     every = kernels(options.device)
     memory = options.memory_gib * 2**30
-    rows: list[dict[str, Any]] = []
-    last: dict[tuple[Any, ...], float] = {}  # seconds of `both` at the length before
+    last: dict[tuple[Any, ...], float] = {}  # seconds of `both` per pair of positions, at the length before
     cases = [
         (dtype, width, length) for dtype in options.dtypes for width in options.widths for length in options.lengths
     ]
@@ -113,16 +113,17 @@ def measured(options: argparse.Namespace, deadline: float) -> list[dict[str, Any
         named = {"dtype": dtype, "head_dim": width, "length": length, "heads": options.heads}
         left_out: dict[str, str] = {}
         for name in every:
-            before = last.get((dtype, width, name), 0.0)
+            expected = last.get((dtype, width, name), 0.0) * length**2
             if time.perf_counter() > deadline:
                 left_out[name] = "no time left"
             elif name in HOLDS_SCORES and 16 * options.heads * length**2 > memory:
                 left_out[name] = "its scores do not fit"
-            elif before * 4 > options.patience:
+            elif expected > options.patience:
                 left_out[name] = f"would take more than {options.patience:g} s"
         taken = {name: kernel for name, kernel in every.items() if name not in left_out}
-        rows += [{**named, "kernel": name, "left_out": reason} for name, reason in left_out.items()]
+        rows = [{**named, "kernel": name, "left_out": reason} for name, reason in left_out.items()]
         if not taken:
+            yield rows
             continue
         torch._dynamo.reset()  # no case is slower for the shapes before it
         case = Case(options.heads, length, width, DTYPES[dtype], options.device)
@@ -136,9 +137,9 @@ def measured(options: argparse.Namespace, deadline: float) -> list[dict[str, Any
                     found.setdefault((name, which), []).append(case.seconds(one, options.least))
         for name in taken:
             seconds = {which: found[name, which] for which in PASSES}
-            last[dtype, width, name] = statistics.median(seconds["both"])
+            last[dtype, width, name] = statistics.median(seconds["both"]) / length**2
             rows.append({**named, "kernel": name, "seconds": seconds})
-    return rows
+        yield rows
 
 
 def errors(options: argparse.Namespace, length: int = 1024, width: int = 64) -> list[dict[str, Any]]:
@@ -250,13 +251,14 @@ def main() -> None:
         parser.error("widths, lengths, heads and rounds must be at least 1")
     if options.memory_gib is None:
         options.memory_gib = 0.6 * free_memory(options.device) / 2**30
-    rows = measured(options, time.perf_counter() + options.budget)
-    threads = torch.get_num_threads()
-    environment = describe_environment(0)
+    deadline = time.perf_counter() + options.budget
+    rows: list[dict[str, Any]] = []
     found = {
         "command": "python " + " ".join(sys.argv),
-        "environment": environment,
-        "on": torch.cuda.get_device_name() if options.device == "cuda" else f"a CPU, {threads} thread(s)",
+        "environment": describe_environment(0),
+        "on": torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"a CPU, {torch.get_num_threads()} thread(s)",
         "heads": options.heads,
         "rounds": options.rounds,
         "remarks": options.remark,
@@ -264,8 +266,12 @@ def main() -> None:
         "errors": errors(options),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "results.json", found)
-    write_text(options.out / "README.md", page(found))
+    for of_case in measured(options, deadline):
+        rows += of_case
+        write_json(
+            options.out / "results.json", found
+        )  # after every case: a run that is cut off has been worth something
+        write_text(options.out / "README.md", page(found))
     summary: dict[str, Any] = {
         "cases": sum("seconds" in row for row in rows),
         "left_out": sum("left_out" in row for row in rows),
