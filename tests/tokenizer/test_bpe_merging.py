@@ -45,6 +45,46 @@ def test_equals_the_textbook(loop, table, merges, min_frequency):
     assert as_bytes(loop(table, merges, min_frequency)) == oracle.train(table, merges, min_frequency)
 
 
+@given(
+    table=words,
+    merges=st.integers(0, 40),
+    min_frequency=st.integers(1, 6),
+    step=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=150)
+def test_any_guess_of_the_rounds_gives_the_same(table, merges, min_frequency, step, seed):
+    """Too high, too low, one lower each time: the guess decides how many rounds there are, not what comes out."""
+    rng = random.Random(seed)
+    rounds = 0
+
+    def guess(least, peak, achieved, wanted, min_frequency):
+        nonlocal rounds
+        rounds += 1
+        highest = least - 1 if least else peak
+        return max(1, min_frequency, highest // rng.randint(1, step) if rounds < 50 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging_fast, "_next_least", guess)
+        patch.setattr(merging_fast, "_SKETCH", 4)  # nearly all pairs share a counter
+        patch.setattr(merging_fast, "_BLOCK", 16)
+        assert merge_words_fast(table, merges, min_frequency) == merge_words(table, merges, min_frequency)
+
+
+@pytest.mark.slow
+def test_wide_ids_and_wide_places(monkeypatch):
+    """More than 65,534 tokens, and lists of places for more than 2 GB of words."""
+    rng = random.Random(4)
+    table = {
+        "".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 14))).encode(): rng.randint(1, 300)
+        for _ in range(3000)
+    }
+    expected = merge_words(table, 70_000)
+    assert merge_words_fast(table, 70_000) == expected
+    monkeypatch.setattr(merging_fast, "_INT32_PLACES", 0)
+    assert merge_words_fast(table, 3000) == expected[:3000]
+
+
 def test_fast_equals_reference_on_a_large_table():
     rng = random.Random(0)
     table = {}
