@@ -12,14 +12,16 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scratchlm.data.corpus import SPLITS, Corpus, Document, Split
+from scratchlm.data.corpus import LARGE, SPLITS, Corpus, Document, FileCorpus, Split
 from scratchlm.data.tokens import (
     FORMAT_VERSION,
     MANIFEST,
@@ -77,39 +79,57 @@ def prepare(
     """
     folder = Path(folder)
     dtype = _dtype(config, tokenizer, separator_id)
-    fingerprint = corpus.fingerprint(show_progress=show_progress)
-    key = stable_hash(
-        {
+    width = np.dtype(dtype).itemsize
+
+    def name(show: bool) -> tuple[str, str]:
+        """The fingerprint of the corpus, and the key of what shall be written: a hash of all that decides its bytes."""
+        fingerprint = corpus.fingerprint(show_progress=show)
+        key = {
             "format_version": FORMAT_VERSION,
             "corpus": fingerprint,
             "tokenizer": tokenizer.content_hash,
             "separator_id": separator_id,
             "dtype": dtype,
             "shard_tokens": config.shard_tokens,
-        },
-        length=32,
-    )
+        }
+        return fingerprint, stable_hash(key, length=32)
+
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK, busy=f"waiting for another process that prepares {folder}"):
         if (folder / MANIFEST).exists():
             manifest = TokenData.open(folder).manifest
-            if manifest.key != key:
+            if manifest.key != name(show_progress)[1]:
                 raise UserError(
                     f"{folder} holds tokens of another corpus, tokenizer or setting; choose another folder or delete it"
                 )
             return manifest
-        journal = _Journal.load(folder, key, np.dtype(dtype).itemsize)
+        journal = _Journal.open(folder)
+        # Hashing a large corpus takes as long as encoding it: for a new folder it is done beside.
+        aside = journal.new and isinstance(corpus, FileCorpus) and (corpus.total_bytes() or 0) >= LARGE
+        journal.key = _started(lambda: journal.begin(name(show_progress and not aside), width), aside)
         encoder = Encoder(tokenizer, separator_id, dtype)
         done = sum(shards[-1].bytes for shards in journal.shards.values() if shards)
         with progress(
             description="tokenise", total=corpus.total_bytes(), bytes_=True, initial=done, show=show_progress
         ) as bar:
-            for split in SPLITS:
-                if split not in journal.finished:
-                    _write_split(
-                        split, corpus, encoder, folder, config.shard_tokens, _workers(config, corpus), journal, bar
-                    )
+            try:
+                for split in SPLITS:
+                    if split not in journal.finished:
+                        _write_split(
+                            split,
+                            corpus,
+                            encoder,
+                            folder,
+                            config.shard_tokens,
+                            _workers(config, corpus),
+                            journal,
+                            bar,
+                        )
+            except Exception:
+                wait([journal.key])  # the journal is there before the error is told
+                raise
+        fingerprint, key = journal.key.result()
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             key=key,
@@ -169,52 +189,104 @@ class _Finished:
     partial: int
 
 
+def _started(task: Callable[[], Any], aside: bool) -> Future[Any]:
+    """`task` done now, or begun in a thread that does not outlive this process.
+
+    Raises:
+        Exception: the task's own, when it is done now; otherwise the future holds it.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if aside:
+        threading.Thread(target=run, name="hash corpus", daemon=True).start()
+    else:
+        run()
+        future.result()
+    return future
+
+
 @dataclass(slots=True)
 class _Journal:
-    """The content of ``unfinished.json``."""
+    """The content of ``unfinished.json``.
+
+    Attributes:
+        path: where it is kept.
+        key: the corpus's fingerprint and the key of what is written, as soon as they are known.
+        shards: per split the finished ones.
+        finished: splits that are done.
+        new: there was none when it was opened.
+    """
 
     path: Path
-    key: str
+    key: Future[tuple[str, str]] = field(default_factory=Future)
     shards: dict[str, list[_Finished]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     finished: list[str] = field(default_factory=list)
+    new: bool = True
 
     @staticmethod
-    def load(folder: Path, key: str, width: int) -> _Journal:
-        """The journal of `folder`, cut back to the shards that are really there; a new one for an empty folder."""
-        journal = _Journal(folder / UNFINISHED, key)
-        if not journal.path.exists():
-            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-            if others:
-                raise UserError(
-                    f"{folder} is not empty (it holds {others[0]}); choose another folder for the tokens"
-                )
-            journal.save()
-            return journal
-        value = read_json(journal.path, "journal")
+    def open(folder: Path) -> _Journal:
+        """The journal of an unfinished folder, or one for a new folder; what a killed process was writing is removed."""
+        journal = _Journal(folder / UNFINISHED)
+        journal.new = not journal.path.exists()
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        if journal.new and (
+            others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        ):
+            raise UserError(f"{folder} is not empty (it holds {others[0]}); choose another folder for the tokens")
+        return journal
+
+    def begin(self, names: tuple[str, str], width: int) -> tuple[str, str]:
+        """Note the key in a new folder. In one that was cut off compare it, and keep the shards that are really there.
+
+        Args:
+            names: the corpus's fingerprint and the key; returned.
+            width: bytes of an id.
+        """
+        if self.new:
+            self._write(names[1])
+        else:
+            self._continue(names[1], width)
+        return names
+
+    def _continue(self, key: str, width: int) -> None:
+        folder = self.path.parent
+        value = read_json(self.path, "journal")
         try:
             if value["key"] != key:
                 raise UserError(
                     f"{folder} holds unfinished tokens of another corpus, tokenizer or setting; choose another folder or "
                     "delete it"
                 )
-            journal.finished = list(value["finished"])
+            self.finished = list(value["finished"])
             for split in SPLITS:
                 for entry in value["shards"][split]:
                     shard = _Finished(**entry)
                     path = folder / shard.name
                     if not path.is_file() or path.stat().st_size != shard.tokens * width:
-                        journal.finished = [name for name in journal.finished if name != split]
+                        self.finished = [name for name in self.finished if name != split]
                         break
-                    journal.shards[split].append(shard)
+                    self.shards[split].append(shard)
         except (TypeError, KeyError) as error:
-            raise UserError(f"{journal.path} is damaged ({error}); delete {folder} and run again") from error
-        for path in folder.glob(".*.tmp"):  # what a killed process was writing
-            path.unlink(missing_ok=True)
-        return journal
+            raise UserError(f"{self.path} is damaged ({error}); delete {folder} and run again") from error
 
     def save(self) -> None:
+        """Write it, once the key is known.
+
+        Raises:
+            UserError: the corpus could not be hashed.
+        """
+        self._write(self.key.result()[1])
+
+    def _write(self, key: str) -> None:
         shards = {split: [dataclasses.asdict(shard) for shard in done] for split, done in self.shards.items()}
-        write_json(self.path, {"key": self.key, "shards": shards, "finished": self.finished})
+        write_json(self.path, {"key": key, "shards": shards, "finished": self.finished})
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[bytes]]:
@@ -258,6 +330,7 @@ def _write_split(
                     file.write(piece.data)
                     digest.update(piece.data)
                     written += len(piece)
+                journal.key.result()  # the journal is there before the first shard, whoever is killed when
             shards.append(_Finished(name, written, digest.hexdigest(), *cursor.position()))
             journal.save()
     journal.finished.append(split)

@@ -50,6 +50,13 @@ def char_to_byte() -> dict[str, int]:
     return {char: byte for byte, char in byte_to_char().items()}
 
 
+@functools.cache
+def _to_latin1() -> dict[int, int]:
+    """For `str.translate`: printable characters to those with their bytes' numbers, all other Latin-1 ones out of Latin-1."""
+    table = dict.fromkeys(range(256), 0xFFFF)
+    return table | {ord(char): byte for char, byte in char_to_byte().items()}
+
+
 def to_chars(token: bytes) -> str:
     """Printable form of a token."""
     table = byte_to_char()
@@ -62,8 +69,11 @@ def to_bytes(chars: str) -> bytes:
     Raises:
         KeyError: a character is not in the table.
     """
-    table = char_to_byte()
-    return bytes(table[char] for char in chars)
+    try:
+        return chars.translate(_to_latin1()).encode("latin-1")
+    except UnicodeEncodeError:
+        table = char_to_byte()
+        return bytes(table[char] for char in chars)  # raises KeyError at the character
 
 
 def _read_vocab(entries: Any, specials: Iterable[str], where: str) -> dict[int, bytes]:
@@ -97,14 +107,13 @@ def _read_merges(lines: Iterable[Any], where: str) -> list[tuple[bytes, bytes]]:
     merges = []
     for number, line in enumerate(lines):
         parts = line.split(" ") if isinstance(line, str) else line
-        if (
-            not isinstance(parts, list)
-            or len(parts) != 2
-            or not all(isinstance(part, str) and part for part in parts)
-        ):
-            raise UserError(f"{where}: merge {number} is {line!r}, not two tokens")
+        match parts:
+            case [str() as left, str() as right] if left and right:
+                pass
+            case _:
+                raise UserError(f"{where}: merge {number} is {line!r}, not two tokens")
         try:
-            merges.append((to_bytes(parts[0]), to_bytes(parts[1])))
+            merges.append((to_bytes(left), to_bytes(right)))
         except KeyError as error:
             raise UserError(f"{where}: merge {number} holds {error.args[0]!r}, which stands for no byte") from error
     return merges

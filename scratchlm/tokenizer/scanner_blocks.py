@@ -53,10 +53,23 @@ def inner_reference(name: str) -> Callable[..., Any]:
     plain = getattr(reference, name)
     called = [part for part in plain.__code__.co_names if isinstance(getattr(reference, part, None), FunctionType)]
     parts = {part: inner_reference(part) for part in called}
-    copy = FunctionType(plain.__code__, {**plain.__globals__, **parts}, name)
-    if name in ("character", "contraction"):
-        return inner(copy)
-    return numba.njit(**_PART)(copy)
+    return inner(FunctionType(plain.__code__, {**plain.__globals__, **parts}, name))
+
+
+@built_in
+def borrowed(typing_context: Any, array: Any) -> Any:
+    """The same array without an owner: Numba counts references at every call and every branch, and finds none to count.
+
+    Its owner must outlive it, as the arguments of a function do.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        view.parent = ir.Constant(view.parent.type, None)
+        return view._getvalue()
+
+    return array(array), generate
 
 
 def _sources() -> int:
@@ -97,15 +110,16 @@ def _loop(sources: int) -> Any:
     def scan(data, regions, cursor, spans, pages, leaves, option):
         row, room = 0, len(spans)
         region, at = cursor[0], cursor[1]
+        text, index, table = borrowed(data), borrowed(pages), borrowed(leaves)
         while region < len(regions) and row < room and sources > 0:
             end = regions[region, 1]
             while at < end and row < room:
                 starts = 0
                 if at + READ <= len(data):
-                    starts = block_starts(data, at, end, pages, leaves, option)
+                    starts = block_starts(text, at, end, index, table, option)
                 if starts == 0:
                     spans[row, 0] = at
-                    at = match(data, at, end, pages, leaves, option)
+                    at = match(text, at, end, index, table, option)
                     spans[row, 1] = at
                     row += 1
                 block = at
@@ -240,10 +254,18 @@ def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
     return types.UniTuple(types.int64, 5)(data, at), generate
 
 
-@inner
-def first_bits(count):
-    """A mask of the lowest `count` bits, 0 ≤ count."""
-    return (1 << count) - 1 if count < BLOCK else -1
+@built_in
+def first_bits(typing_context: Any, count: Any) -> Any:
+    """A mask of the lowest `count` bits, 0 ≤ count; all from 64 on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (count,) = arguments
+        few = builder.sub(builder.shl(ir.Constant(_WORD, 1), count), ir.Constant(_WORD, 1))
+        return builder.select(
+            builder.icmp_signed("<", count, ir.Constant(_WORD, BLOCK)), few, ir.Constant(_WORD, -1)
+        )
+
+    return types.int64(types.int64), generate
 
 
 @inner

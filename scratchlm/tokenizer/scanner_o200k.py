@@ -128,7 +128,8 @@ def _starts(data, at, end, pages, leaves, option):
             if stop < BLOCK:
                 starts |= 1 << stop
                 if ((letters | apostrophes) >> stop) & 1:
-                    limit = min(limit, stop + 1)
+                    if stop < limit:
+                        limit = stop + 1
                     break
     taken &= slashes
     if taken != 0:

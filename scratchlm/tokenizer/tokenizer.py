@@ -96,7 +96,8 @@ class Tokenizer:
     def _ids_by_bytes(self) -> dict[bytes, int]:
         ids: dict[bytes, int] = {}
         for index, token in self.vocab.items():
-            _check_id(index, f"vocab: {token!r}")
+            if type(index) is not int or not 0 <= index < _MOST_IDS:
+                _check_id(index, f"vocab: {token!r}")
             if not isinstance(token, bytes) or not token:
                 raise UserError(f"vocab: id {index} is {token!r}; every token must be non-empty bytes")
             if token in ids:

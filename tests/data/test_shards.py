@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -145,6 +146,34 @@ def test_any_number_of_workers_writes_the_same(tmp_path, monkeypatch):
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
 
 
+def test_a_corpus_hashed_beside_the_work_gives_the_same(tmp_path, monkeypatch):
+    corpus = corpus_of(tmp_path / "text", [f"document {number}" for number in range(50)], ["v"])
+    run(corpus, tmp_path / "before", shard_tokens=100)
+    monkeypatch.setattr(shards, "LARGE", 0)
+    fingerprint = corpus.fingerprint
+    seen: list[list[str]] = []
+
+    def slowly(show_progress: bool = True) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        time.sleep(0.2)  # far more than writing a shard takes
+        seen.append(sorted(path.name for path in (tmp_path / "beside").glob("[!.]*")))
+        return fingerprint(show_progress)
+
+    monkeypatch.setattr(corpus, "fingerprint", slowly)
+    run(corpus, tmp_path / "beside", shard_tokens=100)
+    assert content(tmp_path / "beside") == content(tmp_path / "before")
+    assert seen == [[]]  # nothing was put in place before it was known what it is
+
+
+def test_a_corpus_that_cannot_be_hashed_beside_the_work_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGE", 0)
+    corpus = corpus_of(tmp_path / "text", ["a"], ["v"])
+    monkeypatch.setattr(corpus, "fingerprint", lambda show_progress: (_ for _ in ()).throw(UserError("unreadable")))
+    with pytest.raises(UserError, match="unreadable"):
+        run(corpus, tmp_path / "out")
+    assert content(tmp_path / "out") == {}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_corpus_cannot_forge_a_separator(tmp_path, workers):
     merges = [(b"<", b"|"), (b"|", b">"), (b"e", b"n")]
@@ -237,6 +266,10 @@ SCRIPT = """
 """
 
 
+# As for a large corpus: hashed by a thread while the first shard is being written.
+HASHED_ASIDE = "shards.LARGE = 0"
+
+
 def script(
     folder: Path, out: Path, *, tokenizer="ByteTokenizer", chunk=1 << 20, workers=1, shard_tokens=1000, before=""
 ) -> list[str]:
@@ -261,13 +294,21 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_called_again_the_bytes_are_the_same(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "before"), [(1, ""), (2, ""), (1, HASHED_ASIDE)])
+def test_killed_and_called_again_the_bytes_are_the_same(tmp_path, workers, before):
     texts = [f"document {number} " * 3 for number in range(150)]
     corpus = corpus_of(tmp_path / "text", texts, ["held out"])
     run(corpus, tmp_path / "whole", shard_tokens=500)
     cut = tmp_path / "cut"
-    command = script(tmp_path / "text", cut, tokenizer="SlowTokenizer", chunk=40, workers=workers, shard_tokens=500)
+    command = script(
+        tmp_path / "text",
+        cut,
+        tokenizer="SlowTokenizer",
+        chunk=40,
+        workers=workers,
+        shard_tokens=500,
+        before=before,
+    )
     for wanted in (2, 5):  # killed twice, the second time while it continues
         process = subprocess.Popen(command)
         end = time.monotonic() + 60
@@ -406,10 +447,11 @@ def test_errors_of_workers_arrive_whole(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file sizes are limited as Linux does it")
-def test_a_full_disk_is_said_plainly_and_can_be_continued(tmp_path):
+@pytest.mark.parametrize("aside", ["", HASHED_ASIDE])
+def test_a_full_disk_is_said_plainly_and_can_be_continued(tmp_path, aside):
     corpus = corpus_of(tmp_path / "text", ["x" * 100] * 50, ["v"])
     # A limit on the size of files refuses a write in the middle, as a full disk does.
-    before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
+    before = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); {aside}"
     command = script(tmp_path / "text", tmp_path / "out", chunk=1, shard_tokens=2000, before=before)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONFAULTHANDLER": ""})
     assert done.returncode == 1

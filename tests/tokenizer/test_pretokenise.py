@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer.patterns import PATTERNS, Pattern
+from scratchlm.tokenizer.patterns import PATTERNS, WITH_SCANNER, Pattern
 
 # Patterns of all kinds: gaps, empty matches, lazy, look-ahead; look-behind, anchors, word boundaries, flags.
 FREE = [
@@ -20,6 +20,9 @@ FREE = [
     r"(?<=a)b+|\S", r"^\S+|\s+|\S+$", r"\bthe\b|.", r"(?i)THE|\S|\s", r"(\p{Lu})\1*|.", r"\p{N}{1,3}+|\P{N}+", r"a|ab|abc",
     r"(?:ab)+c|.", r"[[:alpha:]]+|[^[:alpha:]]", r"\X", r"x{e<=1}|.", r"\w+(?:'\w+)?|[^\w\s]+|\s+(?!\S)|\s+",
 ]  # fmt: skip
+
+# Patterns without a name that count as local too.
+KNOWN = [*PATTERNS, *(text for text in WITH_SCANNER if text not in PATTERNS.values())]
 
 
 @given(text=oracle.texts)
@@ -33,10 +36,10 @@ def test_named_patterns_cut_as_tiktokens_patterns_do(name, text):
 
 @given(text=st.text(st.sampled_from([*map(chr, range(128)), *" \n'stlve"]), max_size=60))
 @settings(deadline=None, max_examples=300)
-@pytest.mark.parametrize("name", oracle.PATTERN_NAMES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_ascii_twin_finds_the_same(name, text):
     pattern = Pattern(name)
-    assert pattern._ascii.findall(text) == regex.findall(PATTERNS[name], text)
+    assert pattern._ascii.findall(text) == regex.findall(pattern.text, text)
 
 
 @pytest.mark.parametrize("name", oracle.PATTERN_NAMES)
@@ -60,7 +63,7 @@ def test_nothing_is_lost_and_gaps_are_pre_tokens(pattern, text):
 
 @given(left=oracle.texts, right=oracle.texts)
 @settings(deadline=None, max_examples=100)
-@pytest.mark.parametrize("name", oracle.PATTERN_NAMES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_safe_cuts_are_safe(name, left, right):
     text = f"{left} word\n{right} more"
     pattern = Pattern(name)
@@ -74,7 +77,7 @@ def test_safe_cuts_are_safe(name, left, right):
 
 @given(seen=oracle.texts, coming=oracle.texts)
 @settings(deadline=None, max_examples=50)
-@pytest.mark.parametrize("pattern", [*PATTERNS, *FREE])
+@pytest.mark.parametrize("pattern", [*KNOWN, *FREE])
 def test_what_is_settled_stays(pattern, seen, coming):
     compiled = Pattern(pattern)
     pieces, rest = compiled.settled(seen)
@@ -116,6 +119,9 @@ def test_pattern_of_another_type_is_refused():
 
 def test_a_named_pattern_keeps_its_name():
     assert Pattern(PATTERNS["cl100k"]).name == "cl100k"
+    for text in WITH_SCANNER:
+        assert Pattern(text).local
+        assert Pattern(text).name == next((name for name in PATTERNS if PATTERNS[name] == text), text)
     assert pickle.loads(pickle.dumps(Pattern(r"\S+"))).split("a b") == ["a", " ", "b"]
 
 

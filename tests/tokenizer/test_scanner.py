@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -154,3 +155,63 @@ def test_regex_scanner_goes_on_without_searching_again():
 def test_importing_loads_no_numba():
     code = "import sys, scratchlm.tokenizer.scanner as s; s.scanner_for('gpt2'); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+READ_AT_THE_EDGE = """
+import ctypes, mmap, sys
+import numpy as np
+from scratchlm.tokenizer.scanner import scanner_for
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 3 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+libc = ctypes.CDLL(None, use_errno=True)
+for forbidden in (0, 2 * page):  # the pages on both sides of the middle one
+    assert libc.mprotect(ctypes.c_void_p(address + forbidden), page, 0) == 0
+middle = np.frombuffer(memory, np.uint8)[page : 2 * page]
+for piece in ["word ", "漢", "\\U0001f600 ", "'s", "  \\n", "é!\\u0301"]:
+    text = (piece.encode() * 300)[:300]
+    for size in range(1, 300):
+        for place in (0, page - size):
+            data = middle[place : place + size]
+            data[:] = np.frombuffer(text, np.uint8)[300 - size :]
+            for name in sys.argv[1:]:
+                cursor, spans = np.zeros(2, np.int64), np.zeros((400, 2), np.int64)
+                assert scanner_for(name)(data, np.array([[0, size, -1]]), cursor, spans) > 1
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by a call of Linux's C library")
+def test_nothing_outside_the_buffer_is_read():
+    # The pages around the text may not be read: doing so ends the process.
+    done = subprocess.run(
+        [sys.executable, "-c", READ_AT_THE_EDGE, *PATTERNS], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+CACHE_HITS = """
+import sys
+import numpy as np
+from scratchlm.tokenizer.scanner import scanner_for
+
+for name in sys.argv[1:]:
+    scan, data = scanner_for(name), np.zeros(9, np.uint8)
+    for data.flags.writeable in (True, False):  # one compiled version for both
+        scan(data, np.array([[0, 9, -1]]), np.zeros(2, np.int64), np.zeros((9, 2), np.int64))
+    stats = scan._compiled.stats
+    print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_once_per_machine(tmp_path):
+    command = [sys.executable, "-c", CACHE_HITS, *PATTERNS]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first.split("\n") == [*(f"{name} 0 1" for name in PATTERNS), ""]
+    assert second.split("\n") == [*(f"{name} 1 0" for name in PATTERNS), ""]

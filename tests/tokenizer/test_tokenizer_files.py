@@ -31,6 +31,12 @@ def test_byte_table():
     assert sorted(table.values()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert to_chars(b" the\n") == "ĠtheĊ" and table[0x21] == "!" and table[0] == "Ā"
     assert to_bytes(to_chars(bytes(range(256)))) == bytes(range(256))
+    known = set(table.values())
+    for code in range(0x400):
+        if chr(code) not in known:
+            with pytest.raises(KeyError) as caught:
+                to_bytes(f"a{chr(code)}b")
+            assert caught.value.args == (chr(code),)
 
 
 # ------------------------------------------------------------------ tokenizer.json
