@@ -30,6 +30,7 @@ import numpy as np
 from scratchlm.errors import UserError
 from scratchlm.tokenizer.machine_words import U, inner, load64, lowest_bit, outer, prefetch, stamp, store64
 from scratchlm.tokenizer.merge_table import SHORT, MergeTable, empty_lists, merge_long, merge_short, scratch_size
+from scratchlm.tokenizer.scanner_blocks import borrowed
 
 _ONE, _NONE = U(1), U(0)
 _BATCH = 256
@@ -219,9 +220,20 @@ def _loop(sources: int) -> Callable[..., Any]:
         state,
     ):
         """Ids of ``spans[first:end]`` to `out`; returns how many spans are done (see `WordTable.encode`)."""
-        tokens, keys = np.empty(64, np.uint32), np.empty(64, np.uint32)
-        lows, highs = np.empty(_BATCH, np.uint64), np.empty(_BATCH, np.uint64)
-        homes = np.empty(_BATCH, np.uint64)
+        owned_32, owned_64 = np.empty(128, np.uint32), np.empty(3 * _BATCH, np.uint64)
+        tokens, keys = borrowed(owned_32[:64]), borrowed(owned_32[64:])
+        lows, highs = borrowed(owned_64[:_BATCH]), borrowed(owned_64[_BATCH : 2 * _BATCH])
+        homes = borrowed(owned_64[2 * _BATCH :])
+        data, tail, spans, rows, ring = (
+            borrowed(data),
+            borrowed(tail),
+            borrowed(spans),
+            borrowed(rows),
+            borrowed(ring),
+        )
+        pairs, small, heads, bits = borrowed(pairs), borrowed(small), borrowed(heads), borrowed(bits)
+        scratch, whole, pool = borrowed(scratch), borrowed(whole), borrowed(pool)
+        out, marks, state = borrowed(out), borrowed(marks), borrowed(state)
         size = out.itemsize
         mask = U((len(rows) >> 2) - 1)
         n = state[_IDS]
@@ -288,13 +300,14 @@ def _loop(sources: int) -> Callable[..., Any]:
                 state[_NEED] = -(spans[first, 1] - spans[first, 0])
                 break
         state[_IDS] = n
+        owned_32[0], owned_64[0] = 0, 0  # they live until here
         return first
 
     return encode_spans
 
 
 scratch_need = inner(scratch_size)
-encode_spans = outer(_loop(stamp("merge_table.py")))
+encode_spans = outer(_loop(stamp("merge_table.py", "scanner_blocks.py")))
 
 
 def _fill(sources: int) -> Callable[..., Any]:
