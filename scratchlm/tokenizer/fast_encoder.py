@@ -67,7 +67,6 @@ class FastEncoder:
         self._dtype = dtype
         self._cache_bytes = cache_bytes
         self._free: list[_Worker] = []  # workers that wait for something to do
-        self._seen = 0
 
     # ---------------------------------------------------------------- one text
 
@@ -165,12 +164,11 @@ class FastEncoder:
 
     def _worker(self, size: int) -> _Worker:
         """One that is free, with a table that suits `size` more bytes of text; a new one otherwise."""
-        self._seen += size
         try:
             worker = self._free.pop()
         except IndexError:
             worker = _Worker(self._pattern, self._scanner, self._merges, self._whole, self._dtype)
-        worker.table.make_room(self._seen, self._cache_bytes)
+        worker.table.make_room(size, self._cache_bytes)
         return worker
 
     def _pieces(self, data: bytes | memoryview, regions: list[Region], size: int) -> list[list[Region]]:

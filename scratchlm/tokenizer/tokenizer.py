@@ -72,7 +72,7 @@ class Tokenizer:
         ignore_merges: bool = False,
         normalizer: str | None = None,
         added_tokens: Iterable[str] = (),
-        cache_bytes: int = 48 << 20,
+        cache_bytes: int = 64 << 20,
     ) -> None:
         self._pattern = Pattern(pattern)
         self.normalizer = check_form(normalizer)

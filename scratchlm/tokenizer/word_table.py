@@ -37,7 +37,7 @@ _BATCH = 256
 _WINDOW = 8
 _ROW = 32
 # Longer pre-tokens are merged anew each time: few come twice, and they would fill the ring.
-MOST_CACHED = 256
+MOST_CACHED = 128
 # Addresses in working memory are int32.
 LONGEST = 1 << 29
 # Room that `encode_spans` wants behind the last id it may write.
@@ -367,12 +367,14 @@ class WordTable:
         return self._rows.nbytes + self._ring.nbytes
 
     def make_room(self, text: int, most: int) -> None:
-        """Grow to what suits `text` bytes in all, within `most` bytes. A table that grows starts afresh."""
-        rows = 1 << max(6, (most * 2 // 3 // _ROW).bit_length() - 1)
-        rows = min(rows, 1 << max(12, (text // 96).bit_length()))
+        """Grow to what suits `text` more bytes, or fourfold when three quarters full; within `most` bytes. A table that grows
+        starts afresh."""
+        rows = 1 << max(6, (most // 2 // _ROW).bit_length() - 1)
+        filled = 4 * int(self._state[_FILLED]) > 3 * (len(self._rows) >> 2)
+        rows = min(rows, max(1 << max(12, (text // 96).bit_length()), len(self._rows) if filled else 0))
         if rows * _ROW > self._rows.nbytes:
             self._rows = private_pages(rows * _ROW).view(np.uint64)
-            self._ring = private_pages(max(rows * _ROW // 2, 1 << 14))
+            self._ring = private_pages(max(rows * _ROW, 1 << 14))
             self._state[:] = 0
 
     def start(self, marks: np.ndarray | None) -> None:
