@@ -17,6 +17,8 @@ import numpy as np
 # More beginnings than this take a compiled alternation instead.
 _MOST_PAIRS = 4
 _BLOCK = 1 << 16
+# In shorter texts NumPy's calls cost more than they save.
+_SHORT = 1 << 13
 
 
 # begin, end, id that follows or −1
@@ -43,7 +45,7 @@ class SpecialSearch:
         if self._pattern is not None:
             matches = (
                 self._pattern.finditer(data, begin, end)
-                if self._pairs is None
+                if self._pairs is None or end - begin < _SHORT
                 else self._candidates(np.frombuffer(data, np.uint8), data, begin, end)
             )
             for match in matches:

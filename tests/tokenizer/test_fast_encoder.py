@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder
+from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder, regions
 from scratchlm.tokenizer.encoder import merge_tokens
 
 BYTES = {byte: bytes([byte]) for byte in range(256)}
@@ -25,6 +25,7 @@ PATTERNS = ["gpt2", r"\p{L}+|\d", r"(?s:.+)"]
 def _always_compiled(monkeypatch):
     """However short a text is, it goes through the compiled functions."""
     monkeypatch.setattr(encoding, "_SMALL", -1)
+    monkeypatch.setattr(regions, "_SHORT", 20)
     monkeypatch.setattr(encoding, "_FIRST", -1)
     monkeypatch.setattr(encoding, "_WORTH_THREAD", 1)
     monkeypatch.setattr(decoder, "_FEW", -1)
