@@ -95,8 +95,9 @@ def test_first_passes_meet_fresh_engines(monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "encode_array", spying)
     compare([("bare", BARE)], "the text")
-    on_text = {tokenizer for tokenizer, text in seen if text == "the text"}
-    assert len(on_text) == 1 and id(BARE) not in on_text
+    on_text = [tokenizer for tokenizer, text in seen if text == "the text"]
+    # Once by the given one, so that all is compiled; what is timed is another.
+    assert on_text[0] == id(BARE) and id(BARE) not in on_text[1:] and len(set(on_text[1:])) == 1
 
 
 def test_no_words_and_no_text():
