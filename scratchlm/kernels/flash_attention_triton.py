@@ -236,8 +236,9 @@ def _forward(
 Tiles = Mapping[int, Sequence[tuple[int, int, int, int]]]
 """Candidates for heads up to a width: queries and keys of a tile, warps, stages of the pipeline.
 
-They are those that the compiler fits into the registers and the shared memory of sm_80 and sm_90 without spilling, and for each width at least
-one needs no more than the 99 KiB that smaller GPUs have (`tests/kernels/test_flash_attention_triton.py` asks the compiler).
+They are those that the compiler fits into the registers of sm_90 with nothing worth mentioning spilled (but for fp32 heads of 256, backward), and
+for each width at least one needs no more than the 99 KiB of shared memory that smaller GPUs have: `tests/kernels/test_flash_attention_triton.py`
+asks the compiler.
 """
 
 HALF: Tiles = {
