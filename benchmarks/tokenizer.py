@@ -37,7 +37,7 @@ from scratchlm.files import read_json, write_json
 HERE = Path(__file__).parent
 PARTS = ("prepare", "encode", "scripts", "threads", "decode", "train", "memory", "hurt", "first", "shards")
 MAIN_VOCAB = 32_000
-FAST = ["scratchlm", "gigatoken", "snaptokens", "tokie", "splintr", "tiktoken"]
+FAST = ["scratchlm", "gigatoken", "snaptokens", "tiktoken"]
 
 
 def processor() -> str:
@@ -121,7 +121,9 @@ class Runner:
         for corpus in self.options.corpora:
             for size in self.options.vocab:
                 main = corpus == "prose" and size == MAIN_VOCAB
-                found = self.measure("encode", 1, corpus=corpus, vocab_size=size, pattern="gpt2", from_str=main)
+                job = {"corpus": corpus, "vocab_size": size, "pattern": "gpt2"}
+                engines = None if size == MAIN_VOCAB else [*FAST, "tokenizers"]
+                found = self.measure("encode", 1, **job, from_str=main, engines=engines)
                 self.keep(f"encode {corpus} {size}", found)
                 self.show("warm", found["warm"])
         if "prose" in self.options.corpora and MAIN_VOCAB in self.options.vocab:

@@ -245,6 +245,7 @@ PEERS = [
             [str(text.path(SEPARATOR))], separator=SEPARATOR
         ),
         prepare=lambda text: (text.path(), text.path(SEPARATOR)),
+        sample=40,
         decode=lambda tokenizer, ids: tokenizer.decode_bytes(ids),
     ),
     Engine(
@@ -254,6 +255,7 @@ PEERS = [
         encode=lambda tokenizer, text: tokenizer.encode_flat(text.string),
         batch=lambda tokenizer, text, threads: tokenizer.encode_batch_flat(text.strings),
         ids=_words,
+        sample=40,
         decode=lambda tokenizer, ids: tokenizer.decode(ids),
     ),
     Engine(
@@ -263,7 +265,7 @@ PEERS = [
         encode=lambda tokenizer, text: tokenizer.encode(text.string),
         batch=lambda tokenizer, text, threads: tokenizer.encode_all(text.strings),
         decode=lambda tokenizer, ids: tokenizer.decode(ids),
-        sample=20,
+        sample=8,
     ),
     Engine(
         "tuetoken",
@@ -274,7 +276,7 @@ PEERS = [
         ids=_words,
         decode=lambda tokenizer, ids: tokenizer.decode_array(ids),
         decodable=lambda ids: ids.astype(np.uint32),
-        sample=20,
+        sample=8,
     ),
     Engine(
         "tiktoken",
@@ -283,14 +285,14 @@ PEERS = [
         encode=lambda tokenizer, text: tokenizer.encode_to_numpy(text.string, disallowed_special=()),
         batch=lambda tokenizer, text, threads: tokenizer.encode_ordinary_batch(text.strings, num_threads=threads),
         decode=lambda tokenizer, ids: tokenizer.decode(ids),
-        sample=20,
+        sample=8,
     ),
     Engine(
         "iree-tokenizer",
         "iree-tokenizer",
         load=_from("iree.tokenizer", lambda module, vocabulary: module.Tokenizer.from_file(vocabulary.json)),
         encode=lambda tokenizer, text: tokenizer.encode_to_array(text.string),
-        sample=20,
+        sample=8,
     ),
     Engine(
         "tokenizers",
@@ -302,7 +304,7 @@ PEERS = [
         prepare=lambda text: text.strings,
         ids=_flat,
         decode=lambda tokenizer, ids: tokenizer.decode(ids, skip_special_tokens=False),
-        sample=4,
+        sample=2,
     ),
     Engine(
         "rustbpe",
