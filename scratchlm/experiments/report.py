@@ -13,6 +13,7 @@ from scratchlm.experiments.critical_batch import CriticalBatch, fit_critical_bat
 from scratchlm.experiments.plan import Outcomes, Plan
 from scratchlm.experiments.results import curve_of
 from scratchlm.files import write_text
+from scratchlm.pages import page_templates
 from scratchlm.resources.page import svg, variables
 
 
@@ -68,16 +69,6 @@ def render_report(comparison: Comparison, plan: Plan, outcome: Outcomes) -> str:
         plan: the runs behind it.
         outcome: what became of a trial.
     """
-    import jinja2
-
-    # autoescape: names are text from elsewhere and may hold markup.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scratchlm.experiments", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     spec = comparison.experiment.spec
     points = batch_points(comparison, plan)
     fitted = critical_batch(points)
@@ -91,36 +82,41 @@ def render_report(comparison: Comparison, plan: Plan, outcome: Outcomes) -> str:
     }
     finished = sum(outcome(trial) is not None for trial in plan.trials)
     columns = shown_columns(comparison)
-    return environment.get_template("experiment.html").render(
-        name=comparison.experiment.name,
-        question=spec.question,
-        light=variables("light"),
-        dark=variables("dark"),
-        unfinished=""
-        if plan.complete and finished == len(plan.trials)
-        else f"{finished} of {len(plan.trials)} runs are finished.",
-        headers=[title for _, title in columns],
-        rows=[([cells(row)[name] for name, _ in columns], row) for row in comparison.rows],
-        text_columns={"variant", "verdict", "learning rate"},
-        sentences=sentences(comparison),
-        batches=batch_sentence(points, fitted, spec.target_bits_per_byte)
-        if spec.target_bits_per_byte and points
-        else "",
-        pictures={
-            title: svg(figure, f"p{n}") for n, (title, figure) in enumerate(drawn.items()) if figure is not None
-        },
-        changes=[
-            (
-                variant.name,
-                ", ".join(f"{path} = {value}" for path, value in variant.changes.items()) or "the recipe as it is",
-            )
-            for variant in comparison.experiment.variants
-        ],
-        rates=[
-            (name, f"×{choice.factor:g}", ", ".join(f"×{f:g}: {loss:.4f}" for f, loss in choice.losses.items()))
-            for name, choice in plan.choices.items()
-            if choice.losses
-        ],
+    return (
+        page_templates("scratchlm.experiments")
+        .get_template("experiment.html")
+        .render(
+            name=comparison.experiment.name,
+            question=spec.question,
+            light=variables("light"),
+            dark=variables("dark"),
+            unfinished=""
+            if plan.complete and finished == len(plan.trials)
+            else f"{finished} of {len(plan.trials)} runs are finished.",
+            headers=[title for _, title in columns],
+            rows=[([cells(row)[name] for name, _ in columns], row) for row in comparison.rows],
+            text_columns={"variant", "verdict", "learning rate"},
+            sentences=sentences(comparison),
+            batches=batch_sentence(points, fitted, spec.target_bits_per_byte)
+            if spec.target_bits_per_byte and points
+            else "",
+            pictures={
+                title: svg(figure, f"p{n}") for n, (title, figure) in enumerate(drawn.items()) if figure is not None
+            },
+            changes=[
+                (
+                    variant.name,
+                    ", ".join(f"{path} = {value}" for path, value in variant.changes.items())
+                    or "the recipe as it is",
+                )
+                for variant in comparison.experiment.variants
+            ],
+            rates=[
+                (name, f"×{choice.factor:g}", ", ".join(f"×{f:g}: {loss:.4f}" for f, loss in choice.losses.items()))
+                for name, choice in plan.choices.items()
+                if choice.losses
+            ],
+        )
     )
 
 
