@@ -1,0 +1,179 @@
+"""A training step against those that users would pick, on the same shapes: tokens/s, share of the machine's matmul peak, memory.
+
+    python benchmarks/train.py --shapes 6M --out docs/results/train
+
+Every contender is a process of its own, so that its allocator and its peak of memory are its own. All are started and warmed
+up first; then they take turns, a few steps each, while the others sleep, and so does the measurement of the ceiling: products
+of large matrices. Ours is the trainer itself (``Trainer.fit``), with loader, clipping, metrics and all. ``--hold`` waits for a line on
+standard input before the measurement, so that one can wait for a quiet machine. The last line printed is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: vocabulary 10,000, tied embeddings, heads of 64, d_ff by the model's own rule (8/3 d_model)."""
+
+    d_model: int
+    layers: int
+    batch: int
+    context: int = 256
+    vocab: int = 10_000
+
+    @property
+    def heads(self) -> int:
+        return self.d_model // 64
+
+    @property
+    def d_ff(self) -> int:
+        return -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def tokens(self) -> int:
+        """Per step."""
+        return self.batch * self.context
+
+
+SHAPES = {
+    "6M": Shape(256, 4, 16),
+    "18M": Shape(512, 4, 16),
+    "31M": Shape(512, 8, 8),
+    "64M": Shape(768, 8, 4),
+}
+OURS, CEILING = "scratchlm", "ceiling"
+CONTENDERS = {
+    OURS: "our trainer with its defaults",
+    "scratchlm-eager": "the same, train.compile = off",
+    "transformers-eager": "LlamaForCausalLM in bf16, torch's AdamW: what users run",
+    "transformers-compiled": "the same under torch.compile, fused AdamW",
+    "transformers-autocast": "fp32 weights, autocast, torch.compile, fused AdamW",
+    "nanogpt-fp32": "a GPT-2-style module in fp32 under torch.compile: nanoGPT as shipped",
+    "nanogpt-patched": "the same with autocast and fused AdamW",
+    "litgpt": "litgpt's GPT in bf16 under torch.compile, fused AdamW",
+}
+
+
+class Worker:
+    """A contender in its own process: one line in, one line of JSON out."""
+
+    def __init__(self, name: str, shape: str, threads: int) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("train_worker.py")), name, shape, str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, line: str = "") -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if line:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"it ended with {self.process.wait()}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: int, hold: bool) -> dict[str, Any]:
+    """All contenders on one shape."""
+    workers: dict[str, Worker] = {}
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for contender in [*contenders, CEILING]:
+            worker = Worker(contender, name, threads)
+            try:
+                started = worker.ask()
+                started["warm_seconds"] = worker.ask(str(steps))
+            except RuntimeError as error:
+                print(f"{contender}: {error}", file=sys.stderr)
+                continue
+            workers[contender] = worker
+            found[contender] = {"what": CONTENDERS.get(contender, ""), **started}
+            print(f"{contender}: ready after {started['first_step_seconds']:.1f} s", file=sys.stderr)
+        if hold:
+            print("all are warm; a line on standard input starts the measurement", file=sys.stderr, flush=True)
+            sys.stdin.readline()
+        times: dict[str, list[Any]] = {contender: [] for contender in workers}
+        for _ in range(rounds):
+            for contender, worker in workers.items():
+                times[contender] += worker.ask(str(steps))
+        ends = {contender: worker.ask("end") for contender, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.end()
+    del found[CEILING]
+    ceiling = {kind: spread([t[kind] for t in times[CEILING]]) for kind in ("bf16", "fp32")}
+    shape = SHAPES[name]
+    for contender, figures in found.items():
+        per_second = [shape.tokens / seconds for seconds in times[contender]]
+        figures["tokens_per_second"] = spread(per_second)
+        figures["gflops"] = statistics.median(per_second) * figures["flops_per_token"] / 1e9
+        for kind in ceiling:
+            figures[f"share_of_{kind}_ceiling"] = figures["gflops"] / ceiling[kind]["median"]
+        figures["peak_resident_mb"] = ends[contender]["peak_mb"]
+        del figures["warm_seconds"]
+    ours = found.get(OURS, {}).get("tokens_per_second", {}).get("median")
+    if ours:
+        for figures in found.values():
+            figures["ours_times_as_fast"] = ours / figures["tokens_per_second"]["median"]
+    return {"shape": asdict(shape), "ceiling_gflops": ceiling, "contenders": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="per turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before measuring")
+    parser.add_argument("--out", type=Path, help="folder for results-<shape>.json")
+    options = parser.parse_args()
+    from scratchlm.evaluate.environment import describe_environment
+
+    results = {
+        "benchmark": "train",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
+        "python": platform.python_version(),
+        "environment": describe_environment(),
+        "rounds": options.rounds,
+        "steps_per_turn": options.steps,
+        "shapes": {},
+    }
+    for name in options.shapes:
+        found = measure(name, options.contenders, options.rounds, options.steps, options.threads, options.hold)
+        results["shapes"][name] = found
+        for contender, figures in found["contenders"].items():
+            print(
+                f"{name:4} {contender:22} {figures['tokens_per_second']['median']:8,.0f} tok/s  "
+                f"{figures['share_of_bf16_ceiling']:4.0%} of bf16  {figures['peak_resident_mb']:6,.0f} MB  "
+                f"ours × {figures.get('ours_times_as_fast', 0):.2f}",
+                file=sys.stderr,
+            )
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            one = {**results, "shapes": {name: found}}
+            (options.out / f"{name}.json").write_text(json.dumps(one, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
