@@ -108,7 +108,8 @@ def prepare(
         # Hashing a large corpus takes as long as encoding it: for a new folder it is done beside.
         aside = journal.new and isinstance(corpus, FileCorpus) and (corpus.total_bytes() or 0) >= LARGE
         journal.key = _started(lambda: journal.begin(name(show_progress and not aside), width), aside)
-        encoder = Encoder(tokenizer, separator_id, dtype)
+        workers = _workers(config, corpus)
+        encoder = Encoder(tokenizer, separator_id, dtype, coming=(corpus.total_bytes() or 0) // workers)
         done = sum(shards[-1].bytes for shards in journal.shards.values() if shards)
         with progress(
             description="tokenise", total=corpus.total_bytes(), bytes_=True, initial=done, show=show_progress
@@ -122,7 +123,7 @@ def prepare(
                             encoder,
                             folder,
                             config.shard_tokens,
-                            _workers(config, corpus),
+                            workers,
                             journal,
                             bar,
                         )

@@ -42,21 +42,16 @@ class Encoded:
 class Encoder:
     """Documents to ids. Text that looks like a special token is ordinary text: a corpus cannot forge a separator."""
 
-    def __init__(self, tokenizer: Tokenizer, separator_id: int, dtype: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, separator_id: int, dtype: str, coming: int = 0) -> None:
         self.tokenizer = tokenizer
         self.separator_id = separator_id
         self.dtype = dtype
+        self.coming = coming  # bytes of text for each worker, about; 0: not known
 
     def __call__(self, documents: list[bytes]) -> Encoded:
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        separator = np.array([self.separator_id], dtype=dtype)
-        arrays = self.tokenizer.encode_batch(documents, threads=1, allowed_special=())
-        counts = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays)) + 1
         sizes = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        pieces = [separator] * (2 * len(arrays))
-        pieces[::2] = arrays
-        ids = np.concatenate(pieces, out=np.empty(int(counts.sum()), dtype=dtype), casting="same_kind")
-        return Encoded(ids, counts, sizes)
+        ids, counts = self.tokenizer.encode_documents(b"".join(documents), sizes, self.separator_id, self.coming)
+        return Encoded(ids.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False), counts, sizes)
 
 
 def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) -> Generator[Encoded, None, None]:
@@ -76,7 +71,7 @@ def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) ->
         return
     with Workers(
         Encoder,
-        (encoder.tokenizer, encoder.separator_id, encoder.dtype),
+        (encoder.tokenizer, encoder.separator_id, encoder.dtype, encoder.coming),
         workers,
         advice="run again to go on from the last finished shard, with a smaller data.workers if it happens again",
     ) as pool:

@@ -245,6 +245,20 @@ class TextEncoder:
         raw = [_utf8(text) for text in checked]
         return self._fast.encode_many(raw, lambda data: specials.search.regions(data, 0, len(data)), threads)
 
+    def encode_documents(
+        self, data: bytes, sizes: np.ndarray, separator_id: int, coming: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ends = np.cumsum(sizes)
+        if self.releases_lock:
+            regions = np.stack([ends - sizes, ends, np.full(len(ends), separator_id)], axis=1).astype(np.int64)
+            ids, marks = self._fast.encode_rows(data, regions, coming)
+            return ids, np.diff(marks, prepend=0)
+        texts = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+        separator = np.array([separator_id], self._dtype)
+        pieces = [piece for ids in self.encode_batch(texts, 1, (), ()) for piece in (ids, separator)]
+        counts = np.fromiter(map(len, pieces[::2]), np.int64, len(texts)) + 1
+        return np.concatenate(pieces) if pieces else separator[:0], counts
+
     # ---------------------------------------------------------------- special tokens
 
     def special_choice(self, allowed: Allowed, disallowed: Allowed) -> tuple[_Specials, SpecialSplitter | None]:

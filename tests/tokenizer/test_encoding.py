@@ -380,3 +380,26 @@ def test_ignore_merges_takes_whole_pre_tokens():
     merges = [(b"a", b"b")]
     assert Tokenizer(vocab, merges).encode("abc") == [257, ord("c")]
     assert Tokenizer(vocab, merges, ignore_merges=True).encode("abc abc") == [256, ord(" "), 257, ord("c")]
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", r"\w+|\W"])  # compiled, and by `regex`
+def test_documents_are_encoded_each_for_itself_and_followed_by_the_separator(pattern):
+    end = "<|endoftext|>"
+    tokenizer = train_bpe(["the theory of the thing", "ok ok"], 270, [end], pattern)
+    separator = tokenizer.special_tokens[end]
+    documents = [
+        b"the theory",
+        b"",
+        f" spelt {end}".encode(),
+        "h\u00e9 \U0001f600 ".encode(),
+        b"x" * 70_000,
+        b" of",
+    ]
+    sizes = np.array([len(document) for document in documents])
+    ids, counts = tokenizer.encode_documents(b"".join(documents), sizes, separator)
+    expected = [[*tokenizer.encode(document, allowed_special=()), separator] for document in documents]
+    assert ids.tolist() == [id for document in expected for id in document]
+    assert counts.tolist() == [len(document) for document in expected]
+    assert ids.dtype == tokenizer.dtype
+    none, no_counts = tokenizer.encode_documents(b"", np.zeros(0, np.int64), separator)
+    assert len(none) == len(no_counts) == 0
