@@ -268,14 +268,14 @@ def chart(results: dict[str, Any], path: Path) -> None:
         trainers = list(next(iter(training.values())))
         data = {f"to {size:,}": {n: rows[n]["seconds"] for n in trainers} for size, rows in training.items()}
         _bars(axes[0][1], trainers, data, dict(zip(data, ("#8a6fc4", "#c46f9a"), strict=False)))
-        axes[0][1].set_title("Training on 100 MB: seconds (less is better)", color=grey, fontsize=11)
+        axes[0][1].set_title("Training on 100 MB: seconds", color=grey, fontsize=11)
     for axis in axes[0]:
         axis.tick_params(colors=grey)
         axis.set_facecolor("none")
         for side, spine in axis.spines.items():
             spine.set_color(grey)
             spine.set_visible(side in ("left", "bottom"))
-        legend = axis.legend(frameon=False, loc="lower right", fontsize=9)
+        legend = axis.legend(frameon=False, loc="lower right" if axis is axes[0][0] else "upper right", fontsize=9)
         for text in legend.get_texts():
             text.set_color(grey)
     figure.tight_layout()
