@@ -249,7 +249,7 @@ class TextEncoder:
         self, data: bytes, sizes: np.ndarray, separator_id: int, coming: int
     ) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum(sizes)
-        if self.releases_lock:
+        if self.releases_lock and len(sizes):
             regions = np.stack([ends - sizes, ends, np.full(len(ends), separator_id)], axis=1).astype(np.int64)
             ids, marks = self._fast.encode_rows(data, regions, coming)
             return ids, np.diff(marks, prepend=0)
