@@ -4,7 +4,7 @@ A row is 32 bytes, two to a cache line. Words of up to 15 bytes are their own ke
 
     row     bytes 0 … 7 │ bytes 8 … 14, length │ id id id id │ id id id, count     uint16 ids
             bytes 0 … 7 │ bytes 8 … 14, length │ id id       │ id, count           uint32 ids
-            hash        │ 16 in the top byte   │ place in ring │ number, count 0   16 bytes or more
+            hash        │ length, 16 on top    │ place in ring │ number, count 0   16 bytes or more
             bytes 0 … 7 │ bytes 8 … 14, length │ place in ring │ number, count 0   more ids than fit
 
     ring    … │ word, ids │ ids │ word, ids │ ▓▓▓ oldest is overwritten ▓▓▓ │ …
@@ -258,7 +258,7 @@ def _loop(sources: int) -> Callable[..., Any]:
                     low &= _MASK_LOW[length]
                     high = (high & _MASK_HIGH[length]) | (U(length) << U(56))
                 else:
-                    low, high = _hash_long(data, begin, length), _LONG
+                    low, high = _hash_long(data, begin, length), _LONG | U(length)
                 home = _slot(low, high) & mask
                 prefetch(rows, np.int64(home << U(5)))
                 lows[index], highs[index], homes[index] = low, high, home
@@ -319,7 +319,7 @@ def _fill(sources: int) -> Callable[..., Any]:
                 low = load64(pool, begin) & _MASK_LOW[length]
                 high = (load64(pool, begin + 8) & _MASK_HIGH[length]) | (U(length) << U(56))
             else:
-                low, high = _hash_long(pool, begin, length), _LONG
+                low, high = _hash_long(pool, begin, length), _LONG | U(length)
             slot = _slot(low, high) & mask
             while whole[(slot << U(2)) + U(2)] != _NONE:
                 slot = (slot + _ONE) & mask

@@ -190,3 +190,29 @@ def test_disallowed_and_unknown_are_named():
     with pytest.raises(UserError, match="in list 1 of the batch: id 700 at position 0"):
         tokenizer.decode_batch([[5], [700]])
     assert tokenizer.decode_batch([[72, 105], np.array([], np.uint16)]) == ["Hi", ""]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_words_that_begin_alike(seed: int) -> None:
+    """Line ends with indentation, rules, underscores: words of 16 bytes and more of which one is the beginning of another, met again
+    and again in any order. A row of the table must never answer for a shorter or longer one."""
+    rng = random.Random(seed)
+    merges = [(b" " * size, b" " * size) for size in (1, 2, 4, 8, 16)] + [
+        (b"\n", b" "),
+        (b"-", b"-"),
+        (b"a", b"a"),
+        (b"aa", b"aa"),
+    ]
+    tokens = [left + right for left, right in merges]
+    tokenizer = Tokenizer(BYTES | {256 + place: token for place, token in enumerate(tokens)}, merges)
+    words = [
+        head + fill * size
+        for head in (b"", b"\n", b" ")
+        for fill in (b" ", b"-", b"a", b"\n")
+        for size in range(1, 70)
+    ]
+    data = b"x".join(rng.choices(words, k=20_000)) + b"x"
+    found = tokenizer.encode_array(data)
+    assert tokenizer.decode_bytes(found) == data
+    assert found.tolist() == plain(tokenizer, data)
+    assert np.array_equal(tokenizer.encode_array(data), found), "from the rows that the first pass left"
