@@ -209,7 +209,9 @@ def test_ctrl_c_leaves_one_line_and_no_orphan_and_the_command_goes_on(small: Pat
         wait_until(lambda: len(children(process.pid)) == 2, process)
         time.sleep(0.8 if when == "helpers count" else 0)  # they need some three seconds
     helpers = children(process.pid)
-    assert len(helpers) == 2
+    assert len(helpers) == (
+        0 if when == "helpers tokenise" else 2
+    )  # a tokenizer that frees the lock works in threads
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130, error

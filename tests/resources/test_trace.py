@@ -1,4 +1,4 @@
-"""A step traced without memory: FLOPs by hand, memory as torch's allocator gave it. See also test_every_architecture.py."""
+"""A step traced without memory: FLOPs by hand, memory as torch's allocator gave it. See also test_traced_architectures.py."""
 
 from __future__ import annotations
 
