@@ -84,7 +84,6 @@ class Ablation:
                     gpus=_gpus(prepared),
                     retry=self.retry,
                     watch=live.show if self.show_progress else lambda queue, plan: None,
-                    say=self.say,
                 )
                 stopped: Stopped | None = None
                 try:

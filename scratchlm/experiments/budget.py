@@ -30,7 +30,6 @@ SHAPE_TOLERANCE = 0.01
 """Parameters may differ by so much, as a share."""
 TIME_TOLERANCE = 0.15
 """Seconds may: the speed of a shared machine changes between the short run and the long one."""
-STEPS_AT_LEAST = 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def with_steps(recipe: Recipe, amount: Amount, speed: float | None = None) -> Re
     else:
         tokens = amount.tokens
     steps = _steps_for(tokens / recipe.model.context_length, recipe)
-    if steps < STEPS_AT_LEAST:
+    if steps < 1:
         raise UserError(
             f"the budget of {amount.total:g} {amount.kind} is {tokens:,.0f} tokens here, less than a step of "
             f"{tokens_per_step(recipe):,}; raise it, or lower train.batch_size"

@@ -69,7 +69,6 @@ class Queue:
         gpus: how many there are to be dealt out; 0: none.
         retry: run again what failed before.
         watch: called a few times a second while runs are at work.
-        say: receives one-line messages.
     """
 
     planner: Planner
@@ -78,7 +77,6 @@ class Queue:
     gpus: int = 0
     retry: bool = False
     watch: Callable[[Queue, Plan], None] = lambda queue, plan: None
-    say: Callable[[str], None] = print
     running: list[Running] = field(default_factory=list)
     _outcomes: dict[str, Result | Failure] = field(default_factory=dict)
     _signal: int | None = None
