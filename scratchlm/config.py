@@ -307,6 +307,14 @@ class TrainConfig(Section):
         return self.batch_warmup_start * pieces
 
     @property
+    def sequences(self) -> int:
+        """Of the whole run: the sum of :meth:`batch_size_at` over its steps, without going through them."""
+        growing, smaller = min(self.steps, self.batch_warmup_steps), self.batch_size // self.batch_warmup_start - 1
+        begins = (-(-piece * self.batch_warmup_steps // smaller) for piece in range(1, smaller))  # rounded up
+        pieces = growing + sum(max(0, growing - step) for step in begins)
+        return self.batch_warmup_start * pieces + (self.steps - growing) * self.batch_size
+
+    @property
     def parts(self) -> int | None:
         """Micro-batches per optimizer step, as the recipe demands; None: they are to be fitted to the device."""
         if isinstance(self.micro_batch, int):
@@ -401,6 +409,11 @@ class Recipe(Section):
     def folder(self) -> Path:
         """The run's folder."""
         return self.out.expanduser() if self.out is not None else Path("runs") / self.name
+
+    @property
+    def tokens(self) -> int:
+        """Targets of the whole run, if every place has one."""
+        return self.train.sequences * self.model.context_length
 
     @property
     def cache(self) -> Path:

@@ -76,7 +76,6 @@ def resources(arguments: list[str]) -> None:
     options = parse(ResourcesArguments, rest, prog=USAGE, default=ResourcesArguments(**fields))
     known = None if _HERE.fullmatch(options.device) else _find(options.device)
     memory = None if options.memory is None else parse_bytes(options.memory)
-    parts = _accumulation(options)
     page = None if options.html is None else _page_path(options.html)
     names = [name for name in fields if name != "device"]
     recipe = Recipe(
@@ -99,7 +98,6 @@ def resources(arguments: list[str]) -> None:
             memory_bytes=target.memory_bytes,
             price_per_hour=target.price_per_hour,
             micro_batch=options.micro_batch,
-            accumulation=parts,
             fused_dropout=fused,
         )
     if page is not None:
@@ -165,22 +163,6 @@ def _find(name: str) -> Device:
     from scratchlm.resources.devices import find
 
     return find(name)
-
-
-def _accumulation(options: ResourcesArguments) -> int | None:
-    """Micro-batches per step when the size of one is given: the step stays as large as it is.
-
-    Raises:
-        UserError: they do not make up the batch.
-    """
-    if options.micro_batch is None:
-        return None
-    if options.train.batch_size % options.micro_batch:
-        raise UserError(
-            f"--micro-batch {options.micro_batch} does not divide train.batch_size = {options.train.batch_size}; give a "
-            "divisor, or --train.batch-size as well"
-        )
-    return options.train.batch_size // options.micro_batch
 
 
 def _page_path(given: Path) -> Path:

@@ -54,16 +54,6 @@ def tokens_per_step(recipe: Recipe) -> int:
     return recipe.train.batch_size * recipe.model.context_length
 
 
-def tokens_of(recipe: Recipe) -> int:
-    """Targets of the whole run, smaller batches at its beginning counted as they are."""
-    train = recipe.train
-    growing = min(train.steps, train.batch_warmup_steps)
-    sequences = (
-        sum(train.batch_size_at(step) for step in range(growing)) + (train.steps - growing) * train.batch_size
-    )
-    return sequences * recipe.model.context_length
-
-
 def flops_per_token(recipe: Recipe) -> float:
     """FLOPs of training on one token, forward and backward, of the model's products.
 
@@ -89,7 +79,7 @@ def amount_of(spec: BudgetSpec, base: Recipe) -> Amount:
     Raises:
         UserError: seconds are asked for without saying how many.
     """
-    tokens = tokens_of(base)
+    tokens = base.tokens
     if spec.kind == "seconds" and spec.amount is None:
         raise UserError("budget.kind = seconds needs an amount: how many seconds each run may train")
     if spec.amount is not None:

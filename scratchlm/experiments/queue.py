@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from scratchlm.config import save_recipe
 from scratchlm.errors import UserError
-from scratchlm.experiments.budget import flops_per_token, tokens_of
+from scratchlm.experiments.budget import flops_per_token
 from scratchlm.experiments.plan import Plan, Planner, Trial
 from scratchlm.experiments.results import FAILURE, Failure, Result
 from scratchlm.processes import cores
@@ -235,4 +235,4 @@ class Queue:
 
 def work_of(trial: Trial) -> float:
     """FLOPs of a whole run, by which the time left is estimated."""
-    return tokens_of(trial.recipe) * flops_per_token(trial.recipe)
+    return trial.recipe.tokens * flops_per_token(trial.recipe)

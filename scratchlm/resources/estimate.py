@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scratchlm.config import Recipe
+from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.moe import ExpertLinear, MixtureOfExperts
@@ -113,6 +114,7 @@ class Estimate:
     accumulation: int
     length: int
     steps: int
+    tokens: int
     params: int
     active_params: int
     embedding_params: int
@@ -130,11 +132,6 @@ class Estimate:
     cache_bytes_bounded: int
     savings: dict[str, int]
     time: Time | None
-
-    @property
-    def tokens(self) -> int:
-        """Trained in the whole run."""
-        return self.steps * self.micro_batch * self.accumulation * self.length
 
 
 def vocabulary(recipe: Recipe) -> int:
@@ -175,7 +172,6 @@ def estimate(
     memory_bytes: float | None = None,
     price_per_hour: float | None = None,
     micro_batch: int | None = None,
-    accumulation: int | None = None,
     savings: bool = True,
     fused_dropout: bool = False,
 ) -> Estimate:
@@ -188,16 +184,23 @@ def estimate(
         machine: gives times; None: no times.
         memory_bytes: of the device, for the largest micro-batch; None: it is not said.
         price_per_hour: for the money.
-        micro_batch: sequences at once; None: the recipe's.
-        accumulation: micro-batches per step; None: the recipe's.
+        micro_batch: sequences at once, a divisor of the recipe's batch; None: the recipe's.
         savings: also trace what other choices would need.
         fused_dropout: the device's fused attention drops weights without keeping scores (a GPU's does, a CPU's does not).
+
+    Raises:
+        UserError: the micro-batch does not divide the batch.
     """
     config = model_of(recipe)
     if fused_dropout:
         config = config.model_copy(update={"attention_dropout": 0.0})
-    parts = accumulation or recipe.train.parts or 1
-    rows = micro_batch or recipe.train.batch_size // parts
+    whole = recipe.train.batch_size
+    rows = micro_batch or whole // (recipe.train.parts or 1)
+    if whole % rows:
+        raise UserError(
+            f"micro-batch {rows} does not divide train.batch_size = {whole}; give a divisor, or --train.batch-size as well"
+        )
+    parts = whole // rows
     length = config.context_length
 
     prepared = Traceable(config, recipe.optim, recipe.train)
@@ -234,6 +237,7 @@ def estimate(
         accumulation=parts,
         length=length,
         steps=recipe.train.steps,
+        tokens=recipe.tokens,
         params=model.num_params(),
         active_params=model.num_active_params(),
         embedding_params=model.embedding.num_params(),
@@ -405,8 +409,11 @@ def _operations(step: Step, machine: Machine | None) -> list[OperationGroup]:
 
 def _time(step: Step, recipe: Recipe, machine: Machine, compiled: bool, model: Any, price: float | None) -> Time:
     phases = seconds_by_phase(step.trace, machine, compiled)
-    seconds = step.accumulation * (phases["forward"] + phases["backward"]) + phases["optimizer"]
+    computing = step.accumulation * (phases["forward"] + phases["backward"])
+    seconds, steps = computing + phases["optimizer"], recipe.train.steps
     tokens = step.tokens * step.accumulation
+    batches = recipe.tokens / tokens  # fewer than steps, if they begin small
+    total = batches * computing + steps * phases["optimizer"]
     return Time(
         machine.name,
         machine.assumptions,
@@ -415,8 +422,8 @@ def _time(step: Step, recipe: Recipe, machine: Machine, compiled: bool, model: A
         seconds,
         tokens / seconds,
         model.training_flops_per_token(step.length) * tokens / seconds,
-        seconds * recipe.train.steps,
-        None if price is None else price * seconds * recipe.train.steps / 3600,
+        total,
+        None if price is None else price * total / 3600,
     )
 
 

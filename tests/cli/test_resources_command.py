@@ -183,7 +183,7 @@ def test_a_page_is_never_replaced(folder: Path, capsys: pytest.CaptureFixture[st
         (["gpt2-xxl"], "did you mean gpt2-xl?"),
         (["tiny.toml", "--device", "h10"], "device 'h10' is unknown; did you mean h100"),
         (["tiny.toml", "--dtype", "fp8"], "dtype"),
-        (["tiny.toml", "--micro-batch", "3"], "--micro-batch 3 does not divide train.batch_size = 4"),
+        (["tiny.toml", "--micro-batch", "3"], "micro-batch 3 does not divide train.batch_size = 4"),
         (["tiny.toml", "--memory", "much"], "memory 'much' is no size"),
         (["tiny.toml", "--memory", "0GB"], "nothing fits in that"),
         (["tiny.toml", "--price", "-1"], "price"),

@@ -13,7 +13,6 @@ from scratchlm.experiments.budget import (
     flops_per_token,
     parameters,
     reshaped,
-    tokens_of,
     tokens_per_step,
     with_steps,
 )
@@ -47,7 +46,7 @@ def test_batches_that_grow_are_counted_as_they_are(tokens: int) -> None:
     growing = changed(train={"batch_size": 8, "batch_warmup_steps": 9, "batch_warmup_start": 2})
     found = with_steps(growing, amount_of(BudgetSpec(amount=tokens), BASE))
     counted = 64 * sum(found.train.batch_size_at(step) for step in range(found.train.steps))
-    assert tokens_of(found) == counted and abs(counted - tokens) <= tokens_per_step(found) / 2
+    assert found.tokens == counted and abs(counted - tokens) <= tokens_per_step(found) / 2
     assert amount_of(BudgetSpec(), found).total == counted
 
 

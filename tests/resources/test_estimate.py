@@ -173,6 +173,19 @@ def test_time_and_money_follow_from_a_device() -> None:
     )
 
 
+def test_a_batch_that_grows_is_fewer_tokens_and_less_time() -> None:
+    h100 = Datasheet(find("h100"))
+    grows = {"batch_warmup_steps": 60, "batch_warmup_start": 2}
+    whole, growing = (
+        estimate(recipe(train=train), precision="bf16", machine=h100, savings=False) for train in ({}, grows)
+    )
+    assert whole.tokens == 100 * 8 * 64 and growing.tokens == (20 * (2 + 4 + 6) + 40 * 8) * 64
+    assert whole.time is not None and growing.time is not None and whole.time.step == growing.time.step
+    once = whole.time.by_phase["optimizer"]
+    share = growing.tokens / whole.tokens
+    assert growing.time.total == pytest.approx(share * (whole.time.total - 100 * once) + 100 * once)
+
+
 def test_an_mfu_on_a_large_model_is_what_the_assumptions_say() -> None:
     """A large dense model is bound by its products: between the attention's share of the peak and the products' own."""
     given = Recipe(model=presets.load("llama-3.2-1b").model_copy(update={"layers": 2}), train={"batch_size": 4})

@@ -60,6 +60,14 @@ def test_sizes_grow_in_pieces_that_last_about_equally_long(start: int, pieces: i
     if steps >= pieces > 1:
         lasting = [sizes.count(size) for size in range(start, start * pieces, start)]
         assert max(lasting) - min(lasting) <= 1
+    for stopped in range(steps + 3):  # in mid-growth, too
+        run = train.model_copy(update={"steps": stopped})
+        assert run.sequences == sum(train.batch_size_at(step) for step in range(stopped))
+
+
+def test_a_long_growth_is_counted_without_going_through_it() -> None:
+    train = TrainConfig(steps=10**12, batch_size=4, batch_warmup_start=2, batch_warmup_steps=10**12 - 1)
+    assert train.sequences == 2 * (10**12 - 1) + 4
 
 
 def test_windows_come_in_the_order_they_would_have() -> None:
