@@ -27,7 +27,7 @@ from scratchlm.tokenizer.merge_table import MergeTable, merge_table
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.regions import Region
 from scratchlm.tokenizer.scanner import Scan, scanner_for
-from scratchlm.tokenizer.word_table import WordTable, whole_words
+from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
 
 # Spans per chunk: 128 kB of them, and about 32 kB of text.
 CHUNK = 1 << 13
@@ -180,11 +180,9 @@ class FastEncoder:
     def _worker(self, size: int) -> _Worker:
         """One that is free, with a table that suits `size` more bytes of text; a new one otherwise."""
         try:
-            worker = self._free.pop()
+            return self._free.pop()
         except IndexError:
-            worker = _Worker(self._pattern, self._scanner, self._merges, self._whole, self._dtype)
-        worker.table.make_room(size, self._cache_bytes)
-        return worker
+            return _Worker(self._pattern, self._scanner, self._merges, self._whole, self._cache_bytes)
 
     def _pieces(self, data: bytes | memoryview, regions: list[Region], size: int) -> list[list[Region]]:
         """`regions` in groups of about `size` bytes; long ones are cut where that changes no pre-token."""
@@ -220,11 +218,13 @@ class FastEncoder:
 class _Worker:
     """What one thread needs to encode: a word table, a chunk of spans, and room for ids."""
 
-    def __init__(self, pattern: Pattern, scanner: Scan | None, merges: MergeTable, whole: Any, dtype: type) -> None:
+    def __init__(
+        self, pattern: Pattern, scanner: Scan | None, merges: MergeTable, whole: Any, cache_bytes: int
+    ) -> None:
         self._pattern = pattern
         self._scanner = scanner
         self._spans = np.empty((CHUNK, 2), np.int64)
-        self.table = WordTable(merges, whole)
+        self.table = WordTable(merges, whole, cache_bytes)
         self.ids: _Ids | None = None
 
     def encode(
@@ -296,7 +296,7 @@ class _Ids:
 
     def __init__(self, dtype: type, text: int) -> None:
         # Room for a token per two bytes; what is not touched takes no memory. `finished` gives it back.
-        self.array: np.ndarray = np.empty(text // 2 + 64, dtype)
+        self.array: np.ndarray = np.empty(text // 2 + ROOM, dtype)
         self.n = 0
 
     def reserve(self, more: int) -> None:

@@ -87,6 +87,19 @@ def store64(typing, array, offset, value):
 
 
 @built_in
+def fold(typing, one, other):
+    """The two halves of the 128-bit product of two uint64, one over the other by XOR: a hash in two instructions."""
+
+    def build(context, builder, signature, arguments):
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(argument, wide) for argument in arguments))
+        upper = builder.trunc(builder.lshr(product, wide(64)), _LONG)
+        return builder.xor(builder.trunc(product, _LONG), upper)
+
+    return types.uint64(types.uint64, types.uint64), build
+
+
+@built_in
 def prefetch(typing, array, offset):
     """Ask for the cache line that holds byte `offset` of `array`."""
 

@@ -1,19 +1,26 @@
-"""The word table: pre-tokens → ids at a few nanoseconds each, in memory that does not grow.
+"""The word table: pre-tokens → ids at a few nanoseconds each, in memory that is bounded.
 
 A row is 32 bytes, two to a cache line. Words of up to 15 bytes are their own key, up to seven ids lie in the row itself:
 
-    row     bytes 0 … 7 │ bytes 8 … 14, length │ id id id id │ id id id, count     uint16 ids
-            bytes 0 … 7 │ bytes 8 … 14, length │ id id       │ id, count           uint32 ids
-            hash        │ length, 16 on top    │ place in ring │ number, count 0   16 bytes or more
-            bytes 0 … 7 │ bytes 8 … 14, length │ place in ring │ number, count 0   more ids than fit
+    row     bytes 0 … 7 │ bytes 8 … 14, length │ id id id id │ id id id, size     uint16 ids; their size in bytes
+            bytes 0 … 7 │ bytes 8 … 14, length │ id id       │ id, size           uint32 ids
+            hash        │ length, 16 on top    │ place in ring │ number, size 0   16 bytes or more
+            bytes 0 … 7 │ bytes 8 … 14, length │ place in ring │ number, size 0   more ids than fit
 
     ring    … │ word, ids │ ids │ word, ids │ ▓▓▓ oldest is overwritten ▓▓▓ │ …
 
-Pre-tokens come in batches of 256. First all keys are made, without a branch, and their rows asked for (`prefetch`); then
-all rows are read, by then in the cache: two comparisons, two stores of 8 bytes, and the count moves the
-output on (what was stored too far is overwritten by the next word). Anything else goes the slow way: the row may be one of the
-next seven; or the word is new, is merged, and takes a free row among these eight or replaces one, each in its turn.
-So the table is bounded, is never emptied, and wrong ids cannot come of it: a row counts only with its
+Pre-tokens come in batches. First all keys are made, without a branch, and their rows asked for (`prefetch`); then
+all rows are read, by then in the cache: two comparisons, two stores of 8 bytes, and the size moves the
+output on (what was stored too far is overwritten by the next word). Anything else goes the slow way: the row may be another one
+of the group; or the word is new, is merged, and takes a free row of the group or replaces one, each in its turn.
+
+    group   ┌──────┬──────┐┌──────┬──────┐┌──────┬──────┐┌──────┬──────┐       row h, then h^1 (the same cache line),
+            │  ^2  │  ^3  ││ home │  ^1  ││  ^6  │  ^7  ││  ^4  │  ^5  │       h^2, h^3, …: 16 that are aligned
+            └──────┴──────┘└──────┴──────┘└──────┴──────┘└──────┴──────┘
+
+**A table grows with the words it meets**: when half of its rows are taken it becomes twice as large and keeps what it knows, up to a
+limit; from there on new words take the places of old ones. So small texts touch little memory, and a long one is never
+encoded with a table too small for its words. Wrong ids cannot come of any of this: a row counts only with its
 whole key, and a place in the ring only while nothing was written over it.
 
 One table belongs to one thread at a time.
@@ -28,29 +35,38 @@ from typing import Any
 import numpy as np
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer.machine_words import U, inner, load64, lowest_bit, outer, prefetch, stamp, store64
+from scratchlm.tokenizer.machine_words import U, fold, inner, load64, lowest_bit, outer, prefetch, stamp, store64
 from scratchlm.tokenizer.merge_table import SHORT, MergeTable, empty_lists, merge_long, merge_short, scratch_size
 from scratchlm.tokenizer.scanner_blocks import borrowed
 
 _ONE, _NONE = U(1), U(0)
-_BATCH = 256
-_WINDOW = 8
+_BATCH = 128
 _ROW = 32
+_GROUP = 16
+_FEWEST = 1 << 10  # rows of a new table
 # Longer pre-tokens are merged anew each time: few come twice, and they would fill the ring.
 MOST_CACHED = 128
 # Addresses in working memory are int32.
 LONGEST = 1 << 29
-# Room that `encode_spans` wants behind the last id it may write.
-SLACK = 16
+# Bytes of ids of a word that is not long, at most; and what two stores of 8 bytes write beyond the last id.
+_MOST_SHORT, SLACK = 64, 32
+# Ids for which there must be room before a batch begins.
+ROOM = (_MOST_SHORT * _BATCH + SLACK) // 2
 
-_MASK_LOW = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(17)], np.uint64)
-_MASK_HIGH = np.array([(1 << 8 * max(length - 8, 0)) - 1 for length in range(16)] + [0], np.uint64)
+# Of 16 bytes from where a word begins, by its length: those that belong to it.
+_FIRST = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(16)], np.uint64)
+_SECOND = np.array([(1 << 8 * max(length - 8, 0)) - 1 for length in range(16)], np.uint64)
 _LONG = U(16 << 56)
-_MIX, _STIR, _TOP = U(0x9E3779B97F4A7C15), U(0xC2B2AE3D27D4EB4F), U(36)
+_MIX, _STIR = U(0x9E3779B97F4A7C15), U(0xC2B2AE3D27D4EB4F)
 
 # Places in the state of a table.
-_IDS, _RING, _TURN, _REGION, _NEED, _FILLED = range(6)
+_IDS, _RING, _TURN, _REGION, _WANTED, _AMOUNT, _FILLED, _LIMIT, _WRAPS = range(9)
+# What `encode_spans` stops for.
+_NOTHING, _ROOM, _SCRATCH, _MORE_ROWS, _MORE_RING = range(5)
 _NO_MARKS = np.zeros(0, np.int64)
+# Working memory of `encode_spans`, in bytes: for each word of a batch the two halves of its key and its home row; then which
+# of the words are long.
+_LOWS, _HIGHS, _HOMES, _LONGS, _WORK = (8 * _BATCH * part for part in range(5))
 
 
 def private_pages(size: int) -> np.ndarray:
@@ -62,13 +78,22 @@ def private_pages(size: int) -> np.ndarray:
 
 
 @inner
-def _hash_long(data, begin, length):
+def _rare_key(data, tail, begin, length):
+    """The key of a word of 16 bytes or more, or of one so near the end that 16 bytes cannot be read from where it begins."""
+    if length < 16:
+        begin -= len(data) - 16
+        return _short_key(tail, begin, length)
     value = U(length) * _STIR
     for offset in range(0, length - 8, 8):
-        value = (value ^ load64(data, begin + offset)) * _MIX
-        value ^= value >> U(32)
-    value = (value ^ load64(data, begin + length - 8)) * _MIX
-    return value ^ (value >> U(29))
+        value = fold(value ^ load64(data, begin + offset), _MIX)
+    return fold(value ^ load64(data, begin + length - 8), _MIX), _LONG | U(length)
+
+
+@inner
+def _short_key(data, begin, length):
+    low = load64(data, begin) & load64(_FIRST, 8 * length)
+    high = load64(data, begin + 8) & load64(_SECOND, 8 * length)
+    return low, high | (U(length) << U(56))
 
 
 @inner
@@ -80,81 +105,61 @@ def _same(data, begin, ring, place, length):
 
 
 @inner
-def _slot(low, high):
-    value = low ^ (high * _STIR)
-    value ^= value >> U(29)
-    return (value * _MIX) >> _TOP
+def _hash(low, high):
+    return np.int64(fold(low ^ _MIX, high ^ _STIR))
 
 
 @inner
 def _whole_word(data, begin, length, low, high, whole, pool):
     """Id of the token that is this very word, or -1. Rows of `whole`: key as in the table, id + 1, place in `pool`."""
-    mask = U((len(whole) >> 2) - 1)
-    slot = _slot(low, high) & mask
+    mask = (len(whole) << 3) - _ROW
+    row = _hash(low, high) & mask
     while True:
-        row = slot << U(2)
-        if whole[row + U(2)] == _NONE:
+        index = load64(whole, row + 16)
+        if index == _NONE:
             return -1
         if (
-            whole[row] == low
-            and whole[row + _ONE] == high
-            and (length < 16 or _same(data, begin, pool, np.int64(whole[row + U(3)]), length))
+            load64(whole, row) == low
+            and load64(whole, row + 8) == high
+            and (length < 16 or _same(data, begin, pool, np.int64(load64(whole, row + 24)), length))
         ):
-            return np.int64(whole[row + U(2)]) - 1
-        slot = (slot + _ONE) & mask
+            return np.int64(index) - 1
+        row = (row + _ROW) & mask
 
 
 @inner
 def _slow(
-    data,
-    begin,
-    length,
-    low,
-    high,
-    home,
-    rows,
-    ring,
-    pairs,
-    small,
-    heads,
-    bits,
-    scratch,
-    tokens,
-    keys,
-    whole,
-    pool,
-    out,
-    n,
-    state,
-):
-    """One word whose home row does not answer: find its row, or merge it and give it one. Returns the new `n`."""
+    data, begin, length, low, high, home, rows, ring, pairs, small, heads, bits, scratch, tokens, keys, whole, pool, out, at, state
+):  # fmt: skip
+    """One word that the first two rows do not answer: find its row, or merge it and give it one. Returns the new `at`, or −1: the
+    ring is full and may grow."""
     size = out.itemsize
-    mask = U((len(rows) >> 2) - 1)
-    chosen, free = U(0), False
-    for step in range(_WINDOW):
-        row = ((home + U(step)) & mask) << U(2)
-        if rows[row] == low and rows[row + _ONE] == high:
-            last = rows[row + U(3)]
-            if last >> U(64 - 8 * size) != _NONE:
-                store64(out, n * size, rows[row + U(2)])
-                store64(out, n * size + 8, last)
-                return n + np.int64(last >> U(64 - 8 * size))
-            start = np.int64(rows[row + U(2)])
+    top = U(64 - 8 * size)
+    chosen, filled = np.int64(-1), 0
+    for step in range(0, _GROUP * _ROW, _ROW):
+        row = home ^ step
+        if load64(rows, row) == low and load64(rows, row + 8) == high:
+            last = load64(rows, row + 24)
+            if last >> top != _NONE:
+                store64(out, at, load64(rows, row + 16))
+                store64(out, at + 8, last)
+                return at + np.int64(last >> top)
+            start = np.int64(load64(rows, row + 16))
             if state[_RING] <= start + len(ring) - 64:
                 place = start & (len(ring) - 1)
                 if length < 16 or _same(data, begin, ring, place, length):
                     if length >= 16:
                         place += (length + 7) & ~7
-                    count = np.int64(last)
-                    for offset in range(0, count * size, 8):
-                        store64(out, n * size + offset, load64(ring, place + offset))
-                    return n + count
-            chosen, free = row, True  # overwritten since, or another word with this hash: this one takes its row
+                    written = np.int64(last)
+                    for offset in range(0, written, 8):
+                        store64(out, at + offset, load64(ring, place + offset))
+                    return at + written
+            chosen = row  # overwritten since, or another word with this hash: this one takes its row
             break
-        if not free and rows[row + _ONE] == _NONE:
-            chosen, free = row, True
-            state[_FILLED] += 1
+        if load64(rows, row + 8) == _NONE:
+            chosen, filled = row, 1
             break
+    n = at >> (size >> 1)
     before = n
     known = np.int64(-1)
     if len(whole) > 4:
@@ -170,60 +175,45 @@ def _slow(
             alive &= alive - _ONE
     else:
         n = merge_long(data, begin, length, pairs, small, heads, bits, scratch, out, n)
+    written = (n - before) * size
     if length > MOST_CACHED:
-        return n
-    if not free:
-        chosen = ((home + U(state[_TURN] & (_WINDOW - 1))) & mask) << U(2)
-        state[_TURN] += 1
-    count = n - before
-    rows[chosen], rows[chosen + _ONE] = low, high
-    if length < 16 and count * size <= 16 - size:
-        for index in range(count, 8 if size == 2 else 4):
-            out[before + index] = 0
-        rows[chosen + U(2)] = load64(out, before * size)
-        rows[chosen + U(3)] = load64(out, before * size + 8) | (U(count) << U(64 - 8 * size))
-        return n
+        return at + written
     word = (length + 7) & ~7 if length >= 16 else 0
-    start = state[_RING]
-    if (start & (len(ring) - 1)) + word + count * size + 16 > len(ring):
-        start = (start | (len(ring) - 1)) + 1
-    place = start & (len(ring) - 1)
-    for offset in range(0, word - 8, 8):
-        store64(ring, place + offset, load64(data, begin + offset))
-    if word > 0:
-        store64(ring, place + length - 8, load64(data, begin + length - 8))
-    for offset in range(0, count * size, 8):
-        store64(ring, place + word + offset, load64(out, before * size + offset))
-    state[_RING] = start + word + ((count * size + 7) & ~7)
-    rows[chosen + U(2)], rows[chosen + U(3)] = U(start), U(count)
-    return n
+    if chosen < 0:
+        chosen = home ^ ((state[_TURN] & (_GROUP - 1)) * _ROW)
+        state[_TURN] += 1
+    if word == 0 and written <= 16 - size:
+        for index in range(n, before + (8 if size == 2 else 4)):
+            out[index] = 0
+        store64(rows, chosen + 16, load64(out, at))
+        store64(rows, chosen + 24, load64(out, at + 8) | (U(written) << top))
+    else:
+        start = state[_RING]
+        if (start & (len(ring) - 1)) + word + written + 16 > len(ring):
+            if state[_WRAPS] == 0:
+                return -1
+            start = (start | (len(ring) - 1)) + 1
+        place = start & (len(ring) - 1)
+        for offset in range(0, word - 8, 8):
+            store64(ring, place + offset, load64(data, begin + offset))
+        if word > 0:
+            store64(ring, place + length - 8, load64(data, begin + length - 8))
+        for offset in range(0, written, 8):
+            store64(ring, place + word + offset, load64(out, at + offset))
+        state[_RING] = start + word + ((written + 7) & ~7)
+        store64(rows, chosen + 16, U(start))
+        store64(rows, chosen + 24, U(written))
+    store64(rows, chosen, low)
+    store64(rows, chosen + 8, high)
+    state[_FILLED] += filled
+    return at + written
 
 
 def _loop(sources: int) -> Callable[..., Any]:
     def encode_spans(
-        data,
-        tail,
-        spans,
-        first,
-        end,
-        rows,
-        ring,
-        pairs,
-        small,
-        heads,
-        bits,
-        scratch,
-        whole,
-        pool,
-        out,
-        marks,
-        state,
-    ):
+        data, tail, spans, first, end, rows, ring, pairs, small, heads, bits, scratch, work, tokens, keys, whole, pool, out, marks, state
+    ):  # fmt: skip
         """Ids of ``spans[first:end]`` to `out`; returns how many spans are done (see `WordTable.encode`)."""
-        owned_32, owned_64 = np.empty(128, np.uint32), np.empty(3 * _BATCH, np.uint64)
-        tokens, keys = borrowed(owned_32[:64]), borrowed(owned_32[64:])
-        lows, highs = borrowed(owned_64[:_BATCH]), borrowed(owned_64[_BATCH : 2 * _BATCH])
-        homes = borrowed(owned_64[2 * _BATCH :])
         data, tail, spans, rows, ring = (
             borrowed(data),
             borrowed(tail),
@@ -232,75 +222,105 @@ def _loop(sources: int) -> Callable[..., Any]:
             borrowed(ring),
         )
         pairs, small, heads, bits = borrowed(pairs), borrowed(small), borrowed(heads), borrowed(bits)
-        scratch, whole, pool = borrowed(scratch), borrowed(whole), borrowed(pool)
-        out, marks, state = borrowed(out), borrowed(marks), borrowed(state)
+        scratch, work, tokens, keys = borrowed(scratch), borrowed(work), borrowed(tokens), borrowed(keys)
+        whole, pool, out, marks, state = (
+            borrowed(whole),
+            borrowed(pool),
+            borrowed(out),
+            borrowed(marks),
+            borrowed(state),
+        )
         size = out.itemsize
-        mask = U((len(rows) >> 2) - 1)
-        n = state[_IDS]
-        safe = len(data) - 16 if sources > 0 else 0
+        top = U(64 - 8 * size)
+        room = len(out) * size
+        mask = (len(rows) << 3) - _ROW
+        safe = U(max(len(data) - 15, 0)) if sources > 0 else _NONE
+        at = state[_IDS] * size  # in bytes
+        wanted = _NOTHING
         while first < end:
             batch = min(end - first, _BATCH)
-            text = 0
-            for index in range(batch):
-                begin = spans[first + index, 0]
-                if begin < 0:  # the end of a region
-                    lows[index], highs[index] = U(spans[first + index, 1] + 1), _NONE
-                    homes[index] = _NONE
-                    text += 1
-                    continue
-                length = spans[first + index, 1] - begin
-                text += length
-                if length < 16:
-                    if begin <= safe:
-                        low, high = load64(data, begin), load64(data, begin + 8)
-                    else:
-                        low, high = load64(tail, begin - safe), load64(tail, begin - safe + 8)
-                    low &= _MASK_LOW[length]
-                    high = (high & _MASK_HIGH[length]) | (U(length) << U(56))
-                else:
-                    low, high = _hash_long(data, begin, length), _LONG | U(length)
-                home = _slot(low, high) & mask
-                prefetch(rows, np.int64(home << U(5)))
-                lows[index], highs[index], homes[index] = low, high, home
-            if n + text + SLACK > len(out):
-                state[_NEED] = text
+            if state[_FILLED] >= state[_LIMIT]:
+                wanted = _MORE_ROWS
                 break
+            if at + _MOST_SHORT * batch + SLACK > room:
+                wanted = _ROOM
+                break
+            longs = 0
+            for index in range(batch):
+                place = 16 * (first + index)
+                begin = np.int64(load64(spans, place))
+                length = np.int64(load64(spans, place + 8)) - begin
+                if length < 16 and U(begin) < safe:
+                    low, high = _short_key(data, begin, length)
+                elif begin < 0:  # the end of a region
+                    low, high = U(length), _NONE
+                else:
+                    low, high = _rare_key(data, tail, begin, length)
+                    store64(work, _LONGS + longs, U(8 * index))
+                    longs += 8
+                home = _hash(low, high) & mask
+                prefetch(rows, home)
+                store64(work, _LOWS + 8 * index, low)
+                store64(work, _HIGHS + 8 * index, high)
+                store64(work, _HOMES + 8 * index, U(home))
+            for index in range(0, longs, 8):
+                word = np.int64(load64(work, _LONGS + index))
+                row = np.int64(load64(work, _HOMES + word))
+                if load64(rows, row) == load64(work, _LOWS + word):
+                    prefetch(ring, np.int64(load64(rows, row + 16)) & (len(ring) - 1))
             index = 0
-            while index < batch:
-                low, high, home = lows[index], highs[index], homes[index]
-                row = home << U(2)
-                if (rows[row] ^ low) | (rows[row + _ONE] ^ high) == _NONE:
-                    last = rows[row + U(3)]
-                    count = np.int64(last >> U(64 - 8 * size))
-                    if count != 0:
-                        store64(out, n * size, rows[row + U(2)])
-                        store64(out, n * size + 8, last)
-                        n += count
-                        index += 1
-                        continue
+            while True:
+                while index < batch:
+                    low, high = load64(work, _LOWS + 8 * index), load64(work, _HIGHS + 8 * index)
+                    row = np.int64(load64(work, _HOMES + 8 * index))
+                    if (load64(rows, row) ^ low) | (load64(rows, row + 8) ^ high) != _NONE:
+                        row ^= _ROW
+                        if (load64(rows, row) ^ low) | (load64(rows, row + 8) ^ high) != _NONE:
+                            break
+                    last = load64(rows, row + 24)
+                    written = np.int64(last >> top)
+                    if written == 0:
+                        break
+                    store64(out, at, load64(rows, row + 16))
+                    store64(out, at + 8, last)
+                    at += written
+                    index += 1
+                if index == batch:
+                    break
+                low, high = load64(work, _LOWS + 8 * index), load64(work, _HIGHS + 8 * index)
                 if high == _NONE:
                     if low != _NONE:
-                        out[n] = low - _ONE
-                        n += 1
+                        out[at >> (size >> 1)] = low - _ONE
+                        at += size
                     if len(marks) > 0:
-                        marks[state[_REGION]] = n
+                        marks[state[_REGION]] = at >> (size >> 1)
                     state[_REGION] += 1
-                else:
-                    begin = spans[first + index, 0]
-                    length = spans[first + index, 1] - begin
-                    if length > SHORT and len(scratch) < scratch_need(length, len(heads) - 1):
-                        break
-                    n = _slow(
-                        data, begin, length, low, high, home, rows, ring, pairs, small, heads, bits, scratch, tokens,
-                        keys, whole, pool, out, n, state,
-                    )  # fmt: skip
+                    index += 1
+                    continue
+                begin = np.int64(load64(spans, 16 * (first + index)))
+                length = np.int64(load64(spans, 16 * (first + index) + 8)) - begin
+                if length >= 16 and at + length * size + _MOST_SHORT * batch + SLACK > room:
+                    wanted = _ROOM
+                    state[_AMOUNT] = length
+                    break
+                if length > SHORT and len(scratch) < scratch_need(length, len(heads) - 1):
+                    wanted = _SCRATCH
+                    state[_AMOUNT] = length
+                    break
+                behind = _slow(
+                    data, begin, length, low, high, np.int64(load64(work, _HOMES + 8 * index)), rows, ring, pairs, small, heads, bits,
+                    scratch, tokens, keys, whole, pool, out, at, state,
+                )  # fmt: skip
+                if behind < 0:
+                    wanted = _MORE_RING
+                    break
+                at = behind
                 index += 1
             first += index
-            if index < batch:
-                state[_NEED] = -(spans[first, 1] - spans[first, 0])
+            if wanted != _NOTHING:
                 break
-        state[_IDS] = n
-        owned_32[0], owned_64[0] = 0, 0  # they live until here
+        state[_IDS] = at >> (size >> 1)
+        state[_WANTED] = wanted
         return first
 
     return encode_spans
@@ -310,22 +330,47 @@ scratch_need = inner(scratch_size)
 encode_spans = outer(_loop(stamp("merge_table.py", "scanner_blocks.py")))
 
 
+def _copies(sources: int) -> Callable[..., Any]:
+    def copy_rows(old, new):
+        """Put the rows of `old` into the empty `new`; returns how many. First those that are at home, where the frequent ones are: no two of
+        them want the same row, as a home in the new table begins with that in the old."""
+        old, new = borrowed(old), borrowed(new)
+        old_mask, mask = (len(old) << 3) - _ROW, (len(new) << 3) - _ROW
+        kept = 0
+        for turn in range(2 if sources > 0 else 0):
+            for place in range(0, len(old) << 3, _ROW):
+                low, high = load64(old, place), load64(old, place + 8)
+                home = _hash(low, high)
+                if high == _NONE or (home & old_mask == place) != (turn == 0):
+                    continue
+                for step in range(0, _GROUP * _ROW, _ROW):
+                    row = (home & mask) ^ step
+                    if load64(new, row + 8) == _NONE:
+                        for part in range(0, _ROW, 8):
+                            store64(new, row + part, load64(old, place + part))
+                        kept += 1
+                        break
+        return kept
+
+    return copy_rows
+
+
+copy_rows = outer(_copies(stamp("scanner_blocks.py")))
+
+
 def _fill(sources: int) -> Callable[..., Any]:
     def fill_whole(pool, starts, ids, whole):
-        mask = U((len(whole) >> 2) - 1)
+        mask = (len(whole) << 3) - _ROW
         for index in range(len(ids) if sources > 0 else 0):
             begin, length = starts[index], starts[index + 1] - starts[index]
-            if length < 16:
-                low = load64(pool, begin) & _MASK_LOW[length]
-                high = (load64(pool, begin + 8) & _MASK_HIGH[length]) | (U(length) << U(56))
-            else:
-                low, high = _hash_long(pool, begin, length), _LONG | U(length)
-            slot = _slot(low, high) & mask
-            while whole[(slot << U(2)) + U(2)] != _NONE:
-                slot = (slot + _ONE) & mask
-            row = slot << U(2)
-            whole[row], whole[row + _ONE] = low, high
-            whole[row + U(2)], whole[row + U(3)] = U(ids[index] + 1), U(begin)
+            low, high = _short_key(pool, begin, length) if length < 16 else _rare_key(pool, pool, begin, length)
+            row = _hash(low, high) & mask
+            while load64(whole, row + 16) != _NONE:
+                row = (row + _ROW) & mask
+            store64(whole, row, low)
+            store64(whole, row + 8, high)
+            store64(whole, row + 16, U(ids[index] + 1))
+            store64(whole, row + 24, U(begin))
 
     return fill_whole
 
@@ -349,33 +394,42 @@ class WordTable:
     Args:
         merges: what to apply.
         whole: rows and bytes of tokens that are taken whole (:func:`whole_words`), or None.
+        most: bytes that table and ring may have.
     """
 
-    def __init__(self, merges: MergeTable, whole: tuple[np.ndarray, np.ndarray] | None) -> None:
+    def __init__(self, merges: MergeTable, whole: tuple[np.ndarray, np.ndarray] | None, most: int) -> None:
         self._merges = merges
         self._whole = whole or (np.zeros(4, np.uint64), np.frombuffer(bytes(16), np.uint8))
         self._heads, self._bits = empty_lists(merges.merges)
         self._scratch = np.empty(scratch_size(1024, merges.merges), np.int32)
-        self._state = np.zeros(6, np.int64)
-        self._rows = np.zeros(0, np.uint64)
-        self._ring = np.zeros(0, np.uint8)
+        self._work = np.empty(_WORK >> 3, np.uint64)
+        self._tokens, self._keys = np.empty(SHORT, np.uint32), np.empty(SHORT, np.uint32)
+        self._state = np.zeros(9, np.int64)
         self._marks = _NO_MARKS
+        # Sizes are powers of two.
+        self._most_rows = max(1 << 6, 1 << (max(most // 2 // _ROW, 1).bit_length() - 1))
+        self._most_ring = max(1 << 14, self._most_rows * _ROW)
+        self._rows = np.zeros(0, np.uint64)
+        self._ring = private_pages(1 << 14)
+        self._more_rows(min(_FEWEST, self._most_rows))
+        self._state[_WRAPS] = len(self._ring) == self._most_ring
 
     @property
     def bytes(self) -> int:
         """Most memory that table and ring take."""
         return self._rows.nbytes + self._ring.nbytes
 
-    def make_room(self, text: int, most: int) -> None:
-        """Grow to what suits `text` more bytes, or fourfold when three quarters full; within `most` bytes. A table that grows
-        starts afresh."""
-        rows = 1 << max(6, (most // 2 // _ROW).bit_length() - 1)
-        filled = 4 * int(self._state[_FILLED]) > 3 * (len(self._rows) >> 2)
-        rows = min(rows, max(1 << max(12, (text // 96).bit_length()), len(self._rows) if filled else 0))
-        if rows * _ROW > self._rows.nbytes:
-            self._rows = private_pages(rows * _ROW).view(np.uint64)
-            self._ring = private_pages(max(rows * _ROW, 1 << 14))
-            self._state[:] = 0
+    def _more_rows(self, rows: int) -> None:
+        larger = private_pages(rows * _ROW).view(np.uint64)
+        self._state[_FILLED] = copy_rows(self._rows, larger) if len(self._rows) else 0
+        self._rows = larger
+        self._state[_LIMIT] = rows // 2 if rows < self._most_rows else rows + 1
+
+    def _more_ring(self) -> None:
+        larger = private_pages(2 * len(self._ring))
+        larger[: len(self._ring)] = self._ring
+        self._ring = larger
+        self._state[_WRAPS] = len(larger) == self._most_ring
 
     def start(self, marks: np.ndarray | None) -> None:
         """Before a text: region i of it will leave the number of ids behind it in ``marks[i]``."""
@@ -397,14 +451,19 @@ class WordTable:
         state = self._state
         state[_IDS] = n
         while True:
-            state[_NEED] = 0
+            state[_AMOUNT] = 0
             first = encode_spans(
                 data, tail, spans, first, end, self._rows, self._ring, self._merges.pairs, self._merges.small,
-                self._heads, self._bits, self._scratch, *self._whole, ids, self._marks, state,
+                self._heads, self._bits, self._scratch, self._work, self._tokens, self._keys, *self._whole, ids, self._marks, state,
             )  # fmt: skip
-            need = int(state[_NEED])
-            if need >= 0:
-                return first, int(state[_IDS]), need + SLACK
-            if -need > LONGEST:
-                raise UserError(f"a pre-token of {-need:,} bytes is too long; the longest may have {LONGEST:,}")
-            self._scratch = np.empty(scratch_size(-need, self._merges.merges), np.int32)
+            wanted, amount = state[[_WANTED, _AMOUNT]].tolist()
+            if wanted in (_NOTHING, _ROOM):
+                return first, int(state[_IDS]), amount + ROOM
+            if wanted == _MORE_ROWS:
+                self._more_rows(2 * (len(self._rows) >> 2))
+            elif wanted == _MORE_RING:
+                self._more_ring()
+            elif amount > LONGEST:
+                raise UserError(f"a pre-token of {amount:,} bytes is too long; the longest may have {LONGEST:,}")
+            else:
+                self._scratch = np.empty(scratch_size(amount, self._merges.merges), np.int32)
