@@ -7,10 +7,9 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-import tyro
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from scratchlm.errors import UserError
 from scratchlm.section import nearest_field
@@ -39,6 +38,12 @@ def parse(
         UserError: an unknown option (the nearest is named), a wrong type or a refused value, in one line.
         SystemExit: after ``--help``.
     """
+    if isinstance(target, type) and isinstance(default, target) and isinstance(default, BaseModel):
+        plain = _without_tyro(default, arguments)
+        if plain is not None:
+            return plain
+    import tyro  # a third of a second with all that it looks at
+
     options: dict[str, Any] = {} if default is None else {"default": default}
     captured = io.StringIO()
     try:
@@ -61,6 +66,29 @@ def parse(
     if unknown:
         raise UserError(_unknown_argument(unknown[0], target))
     return parsed
+
+
+def _without_tyro(default: Any, arguments: Sequence[str]) -> Any:
+    """A section with options that are fields of its own, ``--name value``; None: there are others, or something is wrong with them."""
+    if len(arguments) % 2:
+        return None
+    fields = type(default).model_fields
+    values = {name: getattr(default, name) for name in fields}
+    for option, text in zip(arguments[::2], arguments[1::2], strict=True):
+        field = fields.get(option.removeprefix("--").replace("-", "_"))
+        if not option.startswith("--") or field is None or text == "None" or text.startswith("-"):
+            return None
+        kind: Any = field.annotation
+        if bool in (kind, *get_args(kind)):  # tyro takes True and False alone
+            return None
+        try:
+            values[option[2:].replace("-", "_")] = TypeAdapter(kind).validate_strings(text)
+        except ValidationError:
+            return None
+    try:
+        return type(default)(**values)
+    except UserError:
+        return None
 
 
 @contextlib.contextmanager

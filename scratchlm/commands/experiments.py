@@ -11,8 +11,7 @@ from pydantic import Field
 
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
-from scratchlm.commands.models import take_preset
-from scratchlm.commands.shared import say
+from scratchlm.commands.shared import say, take_preset
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import expanded

@@ -13,8 +13,7 @@ from pydantic import Field
 
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
-from scratchlm.commands.models import take_preset
-from scratchlm.commands.shared import say, write
+from scratchlm.commands.shared import say, take_preset, write
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 

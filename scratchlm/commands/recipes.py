@@ -10,8 +10,7 @@ import numpy as np
 
 from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
-from scratchlm.commands.models import take_preset
-from scratchlm.commands.shared import say
+from scratchlm.commands.shared import say, take_preset
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import read_json

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from scratchlm.arguments import parse
-from scratchlm.commands.models import take_preset
-from scratchlm.commands.shared import say, write
+from scratchlm.commands.shared import say, take_preset, write
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import disk_errors, expanded
 from scratchlm.model import presets
+from scratchlm.resources.no_compiler import without_the_compiler
 from scratchlm.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -82,14 +82,12 @@ def resources(arguments: list[str]) -> None:
         **{name: getattr(options, name) for name in names}, device=given.device if known else options.device
     )
 
-    precision, compiled, machine, target = _settle(options, recipe, known, memory)
-    fused = target.device is not None and target.device.kind in ("cuda", "rocm")
-    from scratchlm.resources.as_json import as_json as to_json
-    from scratchlm.resources.estimate import estimate
-    from scratchlm.resources.no_compiler import without_the_compiler
-    from scratchlm.resources.tables import show
-
     with without_the_compiler():
+        precision, compiled, machine, target = _settle(options, recipe, known, memory)
+        from scratchlm.resources.as_json import as_json as to_json
+        from scratchlm.resources.estimate import estimate
+        from scratchlm.resources.tables import show
+
         found = estimate(
             recipe,
             precision=precision,
@@ -98,7 +96,7 @@ def resources(arguments: list[str]) -> None:
             memory_bytes=target.memory_bytes,
             price_per_hour=target.price_per_hour,
             micro_batch=options.micro_batch,
-            fused_dropout=fused,
+            fused_dropout=target.device is not None and target.device.kind in ("cuda", "rocm"),
         )
     if page is not None:
         from scratchlm.resources.page import write_page

@@ -53,3 +53,21 @@ def corpus_of_files(files: list[str]) -> CorpusConfig:
         first, second = list(kinds.values())[:2]
         raise UserError(f"{first} and {second} are of different kinds; name files of one kind at a time")
     return CorpusConfig(kind=next(iter(kinds)), paths=files, validation_fraction=0.0)
+
+
+def take_preset(arguments: list[str]) -> str | None:
+    """Take ``--model.preset NAME`` out of a recipe's options: it is no field, but stands for many.
+
+    Raises:
+        UserError: the name is missing.
+    """
+    option = "--model.preset"
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != option:
+            continue
+        if not equals and at + 1 == len(arguments):
+            raise UserError(f"{option}: which one? `scratchlm model list` shows them all")
+        taken = [arguments.pop(at) for _ in range(1 if equals else 2)]
+        return value if equals else taken[1]
+    return None

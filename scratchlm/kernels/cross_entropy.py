@@ -116,6 +116,11 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tup
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
+def blocks_of(tokens: int, rows: int) -> list[slice]:
+    """Which tokens' logits are there together, one block after the other."""
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,8 +147,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         d_bias = (
             torch.zeros(bias.shape, dtype=wide, device=x.device) if wants_gradient and bias is not None else None
         )
-        for start in range(0, x.shape[0], rows):
-            block = slice(start, start + rows)
+        for block in blocks_of(x.shape[0], rows):
             products = x[block] @ weight.T if bias is None else torch.addmm(bias, x[block], weight.T)
             block_objective, block_nats, gradient = kernel(products, targets[block], options)
             objective += block_objective

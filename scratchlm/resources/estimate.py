@@ -16,6 +16,7 @@ from scratchlm.generate.cache import KVCache
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.moe import ExpertLinear, MixtureOfExperts
 from scratchlm.model.transformer import Transformer
+from scratchlm.resources.depth import peak_of_deeper, shallow
 from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation, Trace
@@ -208,10 +209,21 @@ def estimate(
     step = prepared.step(micro_batch=rows, **given)
     optimizer = _peak_of_update(step)
 
+    two_shallow = _two_shallow(config, recipe)
+
     @functools.cache
     def peak(batch: int, **changes: Any) -> int:
         """Of a step with another micro-batch, or with something else changed; the optimizer's own part is known by now."""
-        trace = prepared.step(micro_batch=batch, update=False, **given | changes).trace
+        nonlocal two_shallow
+        wanted = {"micro_batch": batch, "for_peak": True, **given, **changes}
+        if two_shallow is not None:
+            *models, more = two_shallow
+            one, two = (model.step(**wanted).trace for model in models)
+            found = peak_of_deeper(one, two, more)
+            if found is not None:
+                return max(found, optimizer + _tables(one) + more * (_tables(two) - _tables(one)))
+            two_shallow = None  # its other steps are no more regular
+        trace = prepared.step(**wanted).trace
         return max(trace.peak()[1], optimizer + _tables(trace))
 
     model = prepared.model
@@ -323,6 +335,15 @@ def _memory(step: Step) -> Memory:
         [(op.phase, live) for op, live in zip(trace.operations, trace.timeline(), strict=True)],
         trace.timeline_by_kind(),
     )
+
+
+def _two_shallow(config: ModelConfig, recipe: Recipe) -> tuple[Traceable, Traceable, int] | None:
+    """What :func:`scratchlm.resources.depth.shallow` says, ready to be traced."""
+    found = shallow(config)
+    if found is None:
+        return None
+    one, two, more = found
+    return Traceable(one, recipe.optim, recipe.train), Traceable(two, recipe.optim, recipe.train), more
 
 
 def _peak_of_update(step: Step) -> int:

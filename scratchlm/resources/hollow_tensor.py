@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from scratchlm.resources.no_compiler import the_real
 from scratchlm.resources.small_sizes import Unanswered, ask_small
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -136,6 +137,8 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
         return _RULES[func](func, *args, **kwargs)
     with contextlib.suppress(Unanswered):
         return ask_small(func, args, kwargs, _answer)
+    if func.namespace == "aten":
+        _fetch_rules()
     given, named = _each(_stand_in, args), _each(_stand_in, kwargs)
     try:
         out = func(*given, **_on_meta(func, named))
@@ -144,6 +147,18 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
     if _kind(given) != _kind(args):
         return None
     return _answer(out, (*given, *named.values()), lambda tensor: (tensor.shape, tensor.stride()))
+
+
+@functools.cache
+def _fetch_rules() -> None:
+    """torch's rules for shapes that are written in Python: some are not there before."""
+    with _disable_current_modes():
+        the_real("torch._meta_registrations")
+
+
+def _itself(func: Any, *_: Any, **__: Any) -> Any:
+    """It changes numbers of its first argument, and gives it back."""
+    return 0
 
 
 def _made(func: Any, size: Any, *rest: Any, **options: Any) -> Any:
@@ -201,6 +216,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (_ATEN.empty.memory_format, _ATEN.zeros.default, _ATEN.ones.default, _ATEN.full.default), _made
     ),
+    **dict.fromkeys((_ATEN.add_.Tensor, _ATEN.bernoulli_.float), _itself),
     **dict.fromkeys((_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step), _counted),
     **dict.fromkeys((_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default), _product),
     _ATEN.cat.default: _joined,

@@ -1,9 +1,12 @@
-"""An estimate without torch's compiler.
+"""An estimate without torch's compiler, and without what else of torch it has no use for.
 
 torch's optimizers ask its compiler to leave them alone, its rules for shapes check their arguments by a function of its symbolic shapes,
 and a tensor of a class of its own is asked whether it is a distributed one. Each imports at first use what it asks, with sympy and more
 behind it: about a second, as long as the rest of an estimate takes. Where sizes are numbers, and nothing is compiled or distributed, there
 is nothing to leave alone, the check is ``bool``, and no tensor is one.
+
+torch itself imports, every time, its exporter and its rules for shapes, a quarter of its own start. Nothing here exports; the rules are fetched
+when a shape is asked that nothing else knows (:func:`the_real`).
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ _STAND_INS: dict[str, dict[str, Any]] = {
     "torch.distributed.tensor": {"DTensor": type("DTensor", (), {})},
     "torch.fx.experimental.symbolic_shapes": {"expect_true": bool},
     "torch._dynamo": {"disable": lambda function, *_, **__: function},
+    "torch.export": {},
+    "torch._meta_registrations": {},
 }
 """Module → what stands in for its parts."""
 
 
 @contextlib.contextmanager
 def without_the_compiler() -> Iterator[None]:
-    """Inside, torch's compiler is not imported unless something asks for more of it than named above.
+    """Inside, these modules are not imported unless something asks for more of them than named above.
 
-    For a process that compiles nothing afterwards: torch remembers what it found here. What is imported already
+    Best entered before torch is imported. For a process that compiles nothing afterwards: torch remembers what it found here. What is imported already
     stays as it is.
     """
     put = {name: _StandIn(name, names) for name, names in _STAND_INS.items() if name not in sys.modules}
@@ -40,6 +45,19 @@ def without_the_compiler() -> Iterator[None]:
                 del sys.modules[name]
 
 
+_FIRST = ("torch.export", "torch._meta_registrations")
+"""What torch imports itself, in its order: the others take it for granted."""
+
+
+def the_real(name: str) -> ModuleType:
+    """The module itself, whether something stands in for it or not."""
+    for wanted in (*_FIRST, name):
+        if isinstance(sys.modules.get(wanted), _StandIn):
+            del sys.modules[wanted]
+            importlib.import_module(wanted)
+    return importlib.import_module(name)
+
+
 class _StandIn(ModuleType):
     """A module of which a few parts are known; asked for anything else, the real one is imported."""
 
@@ -50,6 +68,4 @@ class _StandIn(ModuleType):
     def __getattr__(self, wanted: str) -> Any:
         if wanted.startswith("__"):
             raise AttributeError(wanted)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), wanted)
+        return getattr(the_real(self.__name__), wanted)

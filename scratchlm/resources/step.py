@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
+from scratchlm.kernels import cross_entropy
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
@@ -91,7 +92,7 @@ class Traceable:
         accumulation: int = 1,
         length: int | None = None,
         loss_kernel: str | None = None,
-        update: bool = True,
+        for_peak: bool = False,
     ) -> Step:
         """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
 
@@ -101,7 +102,8 @@ class Traceable:
             accumulation: micro-batches per step; two stand for any number above one.
             length: tokens per sequence; None: the model's context.
             loss_kernel: instead of the recipe's.
-            update: False leaves out the optimizer, which does the same whatever the micro-batch.
+            for_peak: leave out the optimizer, which does the same whatever the micro-batch, and of the loss's blocks all that do
+                as the one before them: the peak of forward and backward is the same.
         """
         length = length or self.config.context_length
         with self._place(), _no_collections():
@@ -117,7 +119,7 @@ class Traceable:
             tracer = Tracer(self.model)
             self._watch_what_is_there(tracer, batch)
             self._watch_gradients(tracer)
-            with tracer:
+            with tracer, _few_blocks() if for_peak else contextlib.nullcontext():
                 tracer.phase = "forward"
                 with autocast(precision, CPU):
                     objective = loss(batch)
@@ -125,7 +127,7 @@ class Traceable:
                 tracer.phase = "backward"
                 (objective / (micro_batch * length)).backward()
                 self._watch_gradients(tracer)
-                if update:
+                if not for_peak:
                     tracer.phase = "optimizer"
                     self._clip()
                     self.optimizers.step()
@@ -170,6 +172,22 @@ def trace_step(
 ) -> Step:
     """One step; arguments as for :class:`Traceable` and :meth:`Traceable.step`."""
     return Traceable(config, optim, train, real=real).step(**options)
+
+
+@contextlib.contextmanager
+def _few_blocks() -> Iterator[None]:
+    """The chunked loss works on its first two blocks and its last one: from the second on, all find and leave the same memory."""
+    blocks_of = cross_entropy.blocks_of
+
+    def some_of(tokens: int, rows: int) -> list[slice]:
+        blocks = blocks_of(tokens, rows)
+        return blocks if len(blocks) <= 3 else [*blocks[:2], blocks[-1]]
+
+    cross_entropy.blocks_of = some_of
+    try:
+        yield
+    finally:
+        cross_entropy.blocks_of = blocks_of
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scratchlm.cli import main
-from scratchlm.commands.models import take_preset
+from scratchlm.commands.shared import take_preset
 from scratchlm.config import load_recipe
 from scratchlm.errors import UserError
 from scratchlm.model import ModelConfig, presets, shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from scratchlm.resources.estimate import (
     model_of,
     vocabulary,
 )
-from scratchlm.resources.step import Step, as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu, trace_step
 from scratchlm.resources.timing import Datasheet
 from scratchlm.resources.trace import Operation, Storage, Trace
 
@@ -72,6 +73,24 @@ def test_other_micro_batches_need_no_second_look_at_the_optimizer(optimizer: str
         peaks[rows] = step.trace.peak()[1]
     assert found.memory.peak == peaks[2]
     assert found.bytes_per_sequence == peaks[2] - peaks[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [16, 17, 64, 75])
+def test_blocks_of_the_loss_that_are_alike_need_not_be_traced(precision: str, rows: int) -> None:
+    """One block of 1,024 tokens, one and a piece, four, four and a piece; the logits decide the peak."""
+    given = recipe(model={"vocab_size": 3000, "logit_soft_cap": 30.0}, train={"z_loss": 1e-4})
+    prepared = Traceable(model_of(given), given.optim, given.train)
+    whole, short = (
+        prepared.step(precision=precision, micro_batch=rows, for_peak=short).trace for short in (False, True)
+    )
+    live = [
+        bytes_ for bytes_, op in zip(whole.timeline(), whole.operations, strict=True) if op.phase != "optimizer"
+    ]
+    assert short.peak()[1] == max(live)
+    assert short.operations[short.peak()[0]].module == "" or rows < 64
+    products = [sum(op.name == "mm" and op.phase == "forward" for op in one.operations) for one in (whole, short)]
+    assert products[0] - products[1] == 3 * max(0, math.ceil(rows / 16) - 3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""An estimate imports nothing of torch's compiler, and the compiler works after it."""
+"""An estimate imports nothing of torch's compiler, exporter and rules for shapes, and all of it works after it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import sys
 
 SCRIPT = """
 import sys
-import torch
 from scratchlm.config import Recipe
-from scratchlm.resources.estimate import estimate
-from scratchlm.resources.no_compiler import without_the_compiler
+from scratchlm.resources.no_compiler import the_real, without_the_compiler
 
-heavy = ("sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor", "matplotlib.pyplot")
+heavy = (
+    "sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor", "matplotlib.pyplot",
+    "torch.export", "torch._meta_registrations", "torch._refs", "tyro._cli",
+)
 recipe = Recipe(model={"vocab_size": 300, "context_length": 64, "d_model": 32, "layers": 2, "heads": 4}, train={"batch_size": 4})
 with without_the_compiler():
+    import torch
+    from scratchlm.resources.estimate import estimate
     estimate(recipe, precision="bf16", memory_bytes=1e9)
 assert not [name for name in heavy if name in sys.modules]
 with without_the_compiler():
     assert sys.modules["torch._dynamo"].config.cache_size_limit > 0  # what no stand-in has is the real one's
     import torch._dynamo
     assert torch._dynamo.__file__
+with without_the_compiler():
+    mixture = recipe.model.model_copy(update={"moe": recipe.model.moe.model_copy(update={"experts": 4, "top_k": 2})})
+    assert estimate(recipe.model_copy(update={"model": mixture}), precision="bf16").params > 0  # asks for torch's rules
+assert the_real("torch._meta_registrations").__file__
+assert torch.export.Dim("rows").__name__ == "rows"
 double = torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True)
 assert double(torch.ones(3)).sum() == 6
 """
