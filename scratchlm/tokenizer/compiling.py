@@ -1,11 +1,17 @@
-"""A line that says why the first call takes seconds."""
+"""Compiling without surprises: a line that says why the first call takes seconds, and a compiler that is given room."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from tqdm import tqdm
 
 # Loading what was compiled before takes well under this many seconds.
 _PATIENCE = 1.5
@@ -25,3 +31,33 @@ def compiling(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def announce(first: Any, work: str, show: bool) -> None:
+    """Say so if a kernel has to be compiled: nobody should watch a bar stand still without knowing why.
+
+    Args:
+        first: a kernel of those that are about to run.
+        work: what they do, as in ``"the merge loop"``.
+        show: False: be silent.
+    """
+    folder = getattr(first.stats, "cache_path", None)
+    kept = folder and any(Path(folder).glob(f"{first.__module__.rpartition('.')[2]}.{first.__name__}-*.nbi"))
+    if show and not first.signatures and not kept:
+        tqdm.write(f"compiling {work}: a few seconds, once per machine", file=sys.stderr)
+
+
+def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    return function(*arguments, **keywords)
+
+
+# CPython 3.11 and later keep the frames of Python functions in chunks of 16 kB. Numba's compiler calls deeply, and wherever it goes up
+# and down across the end of a chunk, each call maps one, has the system clear it, and unmaps it: an eighth of all the time it
+# takes. Below a frame that asks for more than 1 MB lies a chunk of 2 MB, in which everything behind it fits. (Untouched, it costs nothing.)
+_with_room = FunctionType(_call.__code__.replace(co_stacksize=(1 << 17) + 1), globals(), "_with_room")
+
+
+def given_room(compiled: Any) -> Any:
+    """The function that Numba made, `compiled`, whose compiler will run in one piece of stack."""
+    compiled._compile_for_args = partial(_with_room, compiled._compile_for_args)
+    return compiled

@@ -19,8 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import part
-from scratchlm.tokenizer.machine_words import load64, outer
+from scratchlm.tokenizer.machine_words import load64, outer, part
 
 PAD = 16
 """Bytes behind the last word that a buffer must have: keys are read eight bytes at a time."""

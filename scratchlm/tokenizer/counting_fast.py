@@ -24,9 +24,9 @@ import numpy as np
 
 from scratchlm.errors import UserError
 from scratchlm.tokenizer import count_table
+from scratchlm.tokenizer.compiling import announce
 from scratchlm.tokenizer.count_table import PAD, CountTable
 from scratchlm.tokenizer.counting import Documents, FileRange, WordCounts, lone_surrogate
-from scratchlm.tokenizer.kernels import announce
 from scratchlm.tokenizer.machine_words import load64, outer
 from scratchlm.tokenizer.merging import Tick
 from scratchlm.tokenizer.scanner import Scan

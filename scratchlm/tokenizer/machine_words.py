@@ -21,6 +21,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from scratchlm.tokenizer.compiling import given_room
+
 _BYTE, _LONG, _INT = ir.IntType(8), ir.IntType(64), ir.IntType(32)
 
 U = np.uint64
@@ -38,12 +40,17 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(forceinline=True, **_PART)(function)
 
 
+def part(function: Callable[..., Any]) -> Any:
+    """Called by compiled functions, and inlined only where LLVM thinks it pays: every copy costs compile time."""
+    return numba.njit(**_PART)(function)
+
+
 def outer(function: Callable[..., Any]) -> Callable[..., Any]:
     """Called from Python: without the interpreter's lock, and kept on disk where a folder for it can be written."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+        return given_room(numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # no folder to keep it in can be written
+        return given_room(numba.njit(nogil=True)(function))
 
 
 def stamp(*files: str) -> int:

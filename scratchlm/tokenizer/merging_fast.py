@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
+from scratchlm.tokenizer.compiling import announce
 from scratchlm.tokenizer.counting import WordCounts
-from scratchlm.tokenizer.kernels import announce, part
-from scratchlm.tokenizer.machine_words import outer
+from scratchlm.tokenizer.machine_words import outer, part
 from scratchlm.tokenizer.merging import Pair, Tick
 
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # Fibonacci hashing (Knuth, volume 3, 6.4)

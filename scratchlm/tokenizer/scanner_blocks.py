@@ -22,29 +22,17 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from scratchlm.tokenizer import machine_words, unicode_classes
 from scratchlm.tokenizer import scanner_reference as reference
-from scratchlm.tokenizer import unicode_classes
+from scratchlm.tokenizer.machine_words import built_in, inner, outer
 
 BLOCK = 64
 READ = BLOCK + 3  # bytes that are looked at for a block: its last may begin a character of four
 _BYTE, _WORD = ir.IntType(8), ir.IntType(64)
-
-built_in: Any = intrinsic  # for type checkers, who know nothing of the typing context that numba fills in
-
-
-# Functions that are never called from Python need nothing for it.
-_PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-
-
-def inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled as a part of whatever calls it (a call that hands over arrays would count references, which is slow)."""
-    return numba.njit(forceinline=True, **_PART)(function)
 
 
 @functools.cache
@@ -75,7 +63,9 @@ def borrowed(typing_context: Any, array: Any) -> Any:
 def _sources() -> int:
     """A number that changes when any file does that goes into a scanner: Numba itself looks at one file only."""
     digest = hashlib.blake2b(digest_size=7)
-    for path in sorted([*Path(__file__).parent.glob("scanner*.py"), Path(unicode_classes.__file__)]):
+    for path in sorted(
+        [*Path(__file__).parent.glob("scanner*.py"), Path(unicode_classes.__file__), Path(machine_words.__file__)]
+    ):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest(), "little")
 
@@ -95,10 +85,7 @@ def build(
     names = {**loop.__globals__, "block_starts": block_starts, "match": match}
     scan = FunctionType(loop.__code__, names, f"scan_{name}", None, loop.__closure__)
     scan.__qualname__ = scan.__name__
-    try:
-        return numba.njit(cache=True, nogil=True)(scan)
-    except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(nogil=True)(scan)
+    return outer(scan)
 
 
 # What the loop calls; `build` puts the functions of one pattern in their place.
