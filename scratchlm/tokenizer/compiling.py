@@ -54,10 +54,10 @@ def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any
 # CPython 3.11 and later keep the frames of Python functions in chunks of 16 kB. Numba's compiler calls deeply, and wherever it goes up
 # and down across the end of a chunk, each call maps one, has the system clear it, and unmaps it: an eighth of all the time it
 # takes. Below a frame that asks for more than 1 MB lies a chunk of 2 MB, in which everything behind it fits. (Untouched, it costs nothing.)
-_with_room = FunctionType(_call.__code__.replace(co_stacksize=(1 << 17) + 1), globals(), "_with_room")
+with_room = FunctionType(_call.__code__.replace(co_stacksize=(1 << 17) + 1), globals(), "with_room")
 
 
 def given_room(compiled: Any) -> Any:
     """The function that Numba made, `compiled`, whose compiler will run in one piece of stack."""
-    compiled._compile_for_args = partial(_with_room, compiled._compile_for_args)
+    compiled._compile_for_args = partial(with_room, compiled._compile_for_args)
     return compiled

@@ -27,11 +27,16 @@ O(n log n) comparisons at most, and mostly steps from left to right through memo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import carray
+from numba.core import types
 
-from scratchlm.tokenizer.machine_words import U, highest_bit, inner, least16, lowest_bit, prefetch
+from scratchlm.tokenizer.encoder import merge_tokens
+from scratchlm.tokenizer.machine_words import U, highest_bit, inner, least16, lowest_bit, prefetch, stamp
+from scratchlm.tokenizer.on_demand import OnDemand
 
 ID_BITS = 21
 RANK_BITS = 22
@@ -71,11 +76,13 @@ class MergeTable(NamedTuple):
         pairs: uint64, the rows; the size is a power of two.
         small: uint32: the rank of each pair of bytes (65,536), the id of each byte (256), the id that each merge makes.
         merges: how many there are.
+        plain: merges bytes in plain Python, by the reference.
     """
 
     pairs: np.ndarray
     small: np.ndarray
     merges: int
+    plain: Callable[[bytes], list[int]]
 
 
 def merge_table(byte_ids: list[int], ranks: dict[int, int]) -> MergeTable:
@@ -101,7 +108,7 @@ def merge_table(byte_ids: list[int], ranks: dict[int, int]) -> MergeTable:
     small[(byte_of[left[both]] << 8) | byte_of[right[both]]] = rank[both]
     small[_BYTE_IDS:_MERGED] = byte_ids
     small[_MERGED + rank.astype(np.int64)] = made
-    return MergeTable(pairs, small, len(ranks))
+    return MergeTable(pairs, small, len(ranks), lambda word: merge_tokens([byte_ids[byte] for byte in word], ranks))
 
 
 def empty_lists(merges: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,15 +268,15 @@ def _sort(values, first, count):
 
 
 @inner
-def merge_long(data, begin, length, pairs, small, heads, bits, scratch, out, n):
-    """Merge ``data[begin : begin + length]`` and write the ids to `out` from index `n` on.
+def _merge_long(data, begin, length, pairs, small, heads, bits, scratch):
+    """Merge ``data[begin : begin + length]``; the ids are left at the beginning of `scratch`.
 
     Args:
         heads, bits: from :func:`empty_lists`; left empty again.
         scratch: int32, at least :func:`scratch_size` of them.
 
     Returns:
-        the index behind the last id.
+        how many ids there are.
     """
     merges = len(heads) - 1
     lowest = (merges >> 6) + 1
@@ -328,9 +335,27 @@ def merge_long(data, begin, length, pairs, small, heads, bits, scratch, out, n):
                 while index < count:
                     _append(rank, scratch[current + index], heads, bits, lowest, middle, scratch)
                     index += 1
-    place = 0
-    while place < length:
-        out[n] = scratch[places + _PLACE * place + _TOKEN]
+    n = place = 0
+    while place < length:  # over the blocks, which are all given back
+        scratch[n] = scratch[places + _PLACE * place + _TOKEN]
         n += 1
         place = scratch[places + _PLACE * place + _AFTER]
     return n
+
+
+def _by_address(sources: int) -> Callable[..., Any]:
+    def merge_long(data, begin, length, pairs, most_pairs, small, merges, heads, bits, most_bits, scratch, size):
+        return _merge_long(
+            carray(data, begin + length), begin, length if sources > 0 else 0, carray(pairs, most_pairs),
+            carray(small, _MERGED + merges), carray(heads, merges + 1), carray(bits, most_bits), carray(scratch, size),
+        )  # fmt: skip
+
+    return merge_long
+
+
+_COUNT, _BYTES, _WORDS, _IDS, _INTS = (
+    types.int64, *(types.CPointer(kind) for kind in (types.uint8, types.uint64, types.uint32, types.int32))
+)  # fmt: skip
+_ARGUMENTS = (_BYTES, _COUNT, _COUNT, _WORDS, _COUNT, _IDS, _COUNT, _INTS, _WORDS, _COUNT, _INTS, _COUNT)
+# Words of more than `SHORT` bytes; arrays as addresses, those with a size of their own followed by it.
+merge_long = OnDemand("the merging of long words", _COUNT(*_ARGUMENTS), _by_address(stamp("merge_table.py")))

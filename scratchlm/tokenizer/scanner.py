@@ -22,11 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from scratchlm.tokenizer import scanner_reference
 from scratchlm.tokenizer.patterns import PATTERNS, WITH_SCANNER, Pattern
 from scratchlm.tokenizer.scanner_reference import TO_THE_END
 from scratchlm.tokenizer.unicode_classes import class_pages
 
 Scan = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]
+
+
+# How far plain Python looks for the end of a pre-token.
+_LOOK = 1 << 11
 
 
 class Scanner:
@@ -53,11 +58,41 @@ class Scanner:
     def __call__(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
         if self._compiled is None:
             self._tables = class_pages()
-            self._compiled = importlib.import_module(f"scratchlm.tokenizer.scanner_{self._family}").scan
+            module = importlib.import_module(f"scratchlm.tokenizer.scanner_{self._family}")
+            blocks = importlib.import_module("scratchlm.tokenizer.scanner_blocks")
+            self._longer, self._edge, self._beyond = module.longer, blocks.EDGE, blocks.READ
+            self._compiled = module.scan
         if data.flags.writeable:  # to Numba, arrays that may be written to are another type: one is enough
             data = data.view()
             data.flags.writeable = False
-        return int(self._compiled(data, regions, cursor, spans, *self._tables, self._option))
+        edge = np.zeros(self._edge + self._beyond, np.uint8)
+        last = data[-self._edge :]
+        edge[self._edge - len(last) : self._edge] = last
+        edge.flags.writeable = False
+        row = 0
+        while True:
+            row += self._compiled(
+                data, regions, cursor, spans[row:], *self._tables, self._option, edge, self._longer.address()
+            )
+            if row == len(spans) or cursor[0] == len(regions):
+                return row
+            row += self._by_reference(data, regions, cursor, spans[row:])
+
+    def _by_reference(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
+        """End the pre-token at `cursor` in plain Python; or, if it is long or one of many, compile what ends it, and do nothing."""
+        region, at = cursor.tolist()
+        end = int(regions[region, 1]) - at
+        match = getattr(scanner_reference, f"match_{self._family}")
+        try:
+            length = match(data[at : at + min(end, _LOOK)].tobytes(), 0, end, *self._tables, self._option)
+        except IndexError:  # it wants to see what lies beyond
+            self._longer.address(at_once=True)
+            return 0
+        if self._longer.address(length):
+            return 0
+        spans[0] = at, at + length
+        cursor[1] = at + length
+        return 1
 
     def __reduce__(self) -> tuple[type[Scanner], tuple[str, str, int]]:
         return (Scanner, (self.name, self._family, self._option))

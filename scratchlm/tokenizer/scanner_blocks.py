@@ -24,14 +24,19 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import carray
 from numba.core import types
 
-from scratchlm.tokenizer import machine_words, unicode_classes
+from scratchlm.tokenizer import machine_words, on_demand, unicode_classes
 from scratchlm.tokenizer import scanner_reference as reference
 from scratchlm.tokenizer.machine_words import built_in, inner, outer
+from scratchlm.tokenizer.on_demand import OnDemand, address_of, call
 
 BLOCK = 64
 READ = BLOCK + 3  # bytes that are looked at for a block: its last may begin a character of four
+EDGE = (
+    READ - 1
+)  # bytes at the end of a buffer where no block can begin: they are read from a copy with room behind it
 _BYTE, _WORD = ir.IntType(8), ir.IntType(64)
 
 
@@ -64,49 +69,90 @@ def _sources() -> int:
     """A number that changes when any file does that goes into a scanner: Numba itself looks at one file only."""
     digest = hashlib.blake2b(digest_size=7)
     for path in sorted(
-        [*Path(__file__).parent.glob("scanner*.py"), Path(unicode_classes.__file__), Path(machine_words.__file__)]
+        [
+            *Path(__file__).parent.glob("scanner*.py"),
+            *map(Path, (unicode_classes.__file__, machine_words.__file__, on_demand.__file__)),
+        ]
     ):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest(), "little")
 
 
 def build(
-    name: str, block_starts: Callable[..., Any], match: Callable[..., Any]
-) -> Callable[[Any, Any, Any, Any, Any, Any, int], int]:
-    """The scanner of one pattern: the loop below around its two compiled functions, kept on disk.
+    name: str, block_starts: Callable[..., Any]
+) -> Callable[[Any, Any, Any, Any, Any, Any, int, Any, int], int]:
+    """The scanner of one pattern: the loop below around its compiled function, kept on disk.
 
     Args:
         name: of the pattern.
         block_starts: (data, at, end, pages, leaves, option) → mask of the boundaries behind `at` in the block that begins
             there, all certain; 0 if it holds none.
-        match: (data, at, end, pages, leaves, option) → where the pre-token that begins at `at` ends.
     """
-    loop = _loop(_sources())
-    names = {**loop.__globals__, "block_starts": block_starts, "match": match}
-    scan = FunctionType(loop.__code__, names, f"scan_{name}", None, loop.__closure__)
-    scan.__qualname__ = scan.__name__
-    return outer(scan)
+    return outer(_named(_loop(_sources()), f"scan_{name}", block_starts=block_starts))
 
 
-# What the loop calls; `build` puts the functions of one pattern in their place.
+_COUNT, _BYTES, _PAGES = types.int64, types.CPointer(types.uint8), types.CPointer(types.uint16)
+
+
+def build_match(name: str) -> OnDemand:
+    """What ends the pre-tokens that blocks leave open: a function of ``scanner_reference.py``, (data, at, end, pages, leaves, option) →
+    where the pre-token that begins at `at` ends."""
+    signature = _COUNT(_BYTES, _COUNT, _COUNT, _PAGES, _BYTES, _COUNT)
+    return OnDemand(
+        "the scanner of long pre-tokens",
+        signature,
+        _named(_by_address(_sources()), name, match=inner_reference(name)),
+    )
+
+
+def _named(function: Any, name: str, **parts: Any) -> Any:
+    """`function` under a name of its own, by which Numba keeps it, with `parts` in the places of its globals of those names. (Not in its
+    closure: that is part of the key of what is kept, and compiled functions are never the same twice.)"""
+    named = FunctionType(function.__code__, {**function.__globals__, **parts}, name, None, function.__closure__)
+    named.__qualname__ = name
+    return named
+
+
+def _by_address(sources: int) -> Any:
+    def match_by_address(data, at, end, pages, leaves, option):
+        pages = carray(pages, unicode_classes.CODE_POINTS >> 6)
+        return match(
+            carray(data, end), at, end if sources > 0 else at, pages, carray(leaves, (len(pages), 64)), option
+        )
+
+    return match_by_address
+
+
+# What these call; `build` and `build_match` put the functions of one pattern in their place.
 block_starts: Any = None
 match: Any = None
 
 
 def _loop(sources: int) -> Any:
-    def scan(data, regions, cursor, spans, pages, leaves, option):
+    def scan(data, regions, cursor, spans, pages, leaves, option, edge, longer):
+        """Stops before a pre-token that blocks leave open, if there is no function to end it: `longer` is 0.
+
+        edge: the last EDGE bytes of `data`, with READ more behind them; zeros before them where there are fewer.
+        """
         row, room = 0, len(spans)
         region, at = cursor[0], cursor[1]
-        text, index, table = borrowed(data), borrowed(pages), borrowed(leaves)
+        index, table = borrowed(pages), borrowed(leaves)
+        safe = len(data) - READ
+        open_end = False
         while region < len(regions) and row < room and sources > 0:
             end = regions[region, 1]
             while at < end and row < room:
-                starts = 0
-                if at + READ <= len(data):
-                    starts = block_starts(text, at, end, index, table, option)
+                text, shift = borrowed(data), 0
+                if at > safe:
+                    text, shift = borrowed(edge), len(data) - EDGE
+                starts = block_starts(text, at - shift, end - shift, index, table, option)
                 if starts == 0:
+                    if longer == 0:
+                        open_end = True
+                        break
                     spans[row, 0] = at
-                    at = match(text, at, end, index, table, option)
+                    addresses = address_of(pages), address_of(leaves)
+                    at = call(longer, (address_of(data), at, end, addresses[0], addresses[1], option))
                     spans[row, 1] = at
                     row += 1
                 block = at
@@ -116,6 +162,8 @@ def _loop(sources: int) -> Any:
                     spans[row, 1] = at
                     starts &= starts - 1
                     row += 1
+            if open_end:
+                break
             if at >= end and row < room:
                 spans[row, 0] = -1
                 spans[row, 1] = regions[region, 2]

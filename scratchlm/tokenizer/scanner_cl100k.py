@@ -19,6 +19,7 @@ from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
     build,
+    build_match,
     digit_starts,
     first_bits,
     inner,
@@ -82,4 +83,5 @@ def _starts(data, at, end, pages, leaves, option):
     return starts & ~1
 
 
-scan = build("cl100k", _starts, inner_reference("match_cl100k"))
+scan = build("cl100k", _starts)
+longer = build_match("match_cl100k")

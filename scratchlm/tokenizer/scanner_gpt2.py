@@ -18,6 +18,7 @@ from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
     build,
+    build_match,
     first_bits,
     inner,
     inner_reference,
@@ -74,4 +75,5 @@ def _starts(data, at, end, pages, leaves, option):
     return starts & ~1
 
 
-scan = build("gpt2", _starts, inner_reference("match_gpt2"))
+scan = build("gpt2", _starts)
+longer = build_match("match_gpt2")

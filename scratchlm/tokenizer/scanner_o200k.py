@@ -29,6 +29,7 @@ from scratchlm.tokenizer.scanner_blocks import (
     BLOCK,
     ascii_masks,
     build,
+    build_match,
     digit_starts,
     down,
     first_bits,
@@ -145,4 +146,5 @@ def _starts(data, at, end, pages, leaves, option):
     return starts & first_bits(limit) & ~1
 
 
-scan = build("o200k", _starts, inner_reference("match_o200k"))
+scan = build("o200k", _starts)
+longer = build_match("match_o200k")

@@ -37,6 +37,7 @@ import numpy as np
 from scratchlm.errors import UserError
 from scratchlm.tokenizer.machine_words import U, fold, inner, load64, lowest_bit, outer, prefetch, stamp, store64
 from scratchlm.tokenizer.merge_table import SHORT, MergeTable, empty_lists, merge_long, merge_short, scratch_size
+from scratchlm.tokenizer.on_demand import address_of, call
 from scratchlm.tokenizer.scanner_blocks import borrowed
 
 _ONE, _NONE = U(1), U(0)
@@ -62,7 +63,7 @@ _MIX, _STIR = U(0x9E3779B97F4A7C15), U(0xC2B2AE3D27D4EB4F)
 # Places in the state of a table.
 _IDS, _RING, _TURN, _REGION, _WANTED, _AMOUNT, _FILLED, _LIMIT, _WRAPS = range(9)
 # What `encode_spans` stops for.
-_NOTHING, _ROOM, _SCRATCH, _MORE_ROWS, _MORE_RING = range(5)
+_NOTHING, _ROOM, _SCRATCH, _MORE_ROWS, _MORE_RING, _LONG_WORD = range(6)
 _NO_MARKS = np.zeros(0, np.int64)
 # Working memory of `encode_spans`, in bytes: for each word of a batch the two halves of its key and its home row; then which
 # of the words are long.
@@ -129,7 +130,8 @@ def _whole_word(data, begin, length, low, high, whole, pool):
 
 @inner
 def _slow(
-    data, begin, length, low, high, home, rows, ring, pairs, small, heads, bits, scratch, tokens, keys, whole, pool, out, at, state
+    data, begin, length, low, high, home, rows, ring, pairs, small, heads, bits, scratch, tokens, keys, whole, pool, out, at, state,
+    merge_long,
 ):  # fmt: skip
     """One word that the first two rows do not answer: find its row, or merge it and give it one. Returns the new `at`, or −1: the
     ring is full and may grow."""
@@ -174,7 +176,17 @@ def _slow(
             n += 1
             alive &= alive - _ONE
     else:
-        n = merge_long(data, begin, length, pairs, small, heads, bits, scratch, out, n)
+        merges = len(heads) - 1
+        count = call(
+            merge_long,
+            (
+                address_of(data), begin, length, address_of(pairs), len(pairs), address_of(small), merges, address_of(heads),
+                address_of(bits), len(bits), address_of(scratch), len(scratch),
+            ),
+        )  # fmt: skip
+        for index in range(count):
+            out[n + index] = scratch[index]
+        n += count
     written = (n - before) * size
     if length > MOST_CACHED:
         return at + written
@@ -211,7 +223,8 @@ def _slow(
 
 def _loop(sources: int) -> Callable[..., Any]:
     def encode_spans(
-        data, tail, spans, first, end, rows, ring, pairs, small, heads, bits, scratch, work, tokens, keys, whole, pool, out, marks, state
+        data, tail, spans, first, end, rows, ring, pairs, small, heads, bits, scratch, work, tokens, keys, whole, pool, out, marks, state,
+        merge_long,
     ):  # fmt: skip
         """Ids of ``spans[first:end]`` to `out`; returns how many spans are done (see `WordTable.encode`)."""
         data, tail, spans, rows, ring = (
@@ -303,13 +316,16 @@ def _loop(sources: int) -> Callable[..., Any]:
                     wanted = _ROOM
                     state[_AMOUNT] = length
                     break
+                if length > SHORT and merge_long == 0:
+                    wanted = _LONG_WORD
+                    break
                 if length > SHORT and len(scratch) < scratch_need(length, len(heads) - 1):
                     wanted = _SCRATCH
                     state[_AMOUNT] = length
                     break
                 behind = _slow(
                     data, begin, length, low, high, np.int64(load64(work, _HOMES + 8 * index)), rows, ring, pairs, small, heads, bits,
-                    scratch, tokens, keys, whole, pool, out, at, state,
+                    scratch, tokens, keys, whole, pool, out, at, state, merge_long,
                 )  # fmt: skip
                 if behind < 0:
                     wanted = _MORE_RING
@@ -327,7 +343,7 @@ def _loop(sources: int) -> Callable[..., Any]:
 
 
 scratch_need = inner(scratch_size)
-encode_spans = outer(_loop(stamp("merge_table.py", "scanner_blocks.py")))
+encode_spans = outer(_loop(stamp("merge_table.py", "scanner_blocks.py", "on_demand.py")))
 
 
 def _copies(sources: int) -> Callable[..., Any]:
@@ -455,6 +471,7 @@ class WordTable:
             first = encode_spans(
                 data, tail, spans, first, end, self._rows, self._ring, self._merges.pairs, self._merges.small,
                 self._heads, self._bits, self._scratch, self._work, self._tokens, self._keys, *self._whole, ids, self._marks, state,
+                merge_long.address(),
             )  # fmt: skip
             wanted, amount = state[[_WANTED, _AMOUNT]].tolist()
             if wanted in (_NOTHING, _ROOM):
@@ -463,6 +480,16 @@ class WordTable:
                 self._more_rows(2 * (len(self._rows) >> 2))
             elif wanted == _MORE_RING:
                 self._more_ring()
+            elif wanted == _LONG_WORD:
+                begin, behind = spans[first].tolist()
+                if len(self._whole[0]) == 4 and not merge_long.address(behind - begin):
+                    word = self._merges.plain(data[begin:behind].tobytes())
+                    n = int(state[_IDS])
+                    ids[n : n + len(word)] = word
+                    state[_IDS] = n + len(word)
+                    first += 1
+                else:
+                    merge_long.address(at_once=True)
             elif amount > LONGEST:
                 raise UserError(f"a pre-token of {amount:,} bytes is too long; the longest may have {LONGEST:,}")
             else:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder, regions
+from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder, merge_table, regions
 from scratchlm.tokenizer.encoder import merge_tokens
 
 BYTES = {byte: bytes([byte]) for byte in range(256)}
@@ -216,3 +216,31 @@ def test_long_words_that_begin_alike(seed: int) -> None:
     assert tokenizer.decode_bytes(found) == data
     assert found.tolist() == plain(tokenizer, data)
     assert np.array_equal(tokenizer.encode_array(data), found), "from the rows that the first pass left"
+
+
+@pytest.mark.parametrize("patience", [1 << 40, 0], ids=["plain Python", "compiled"])
+def test_long_words_by_plain_python_until_there_are_many(patience, monkeypatch):
+    monkeypatch.setattr(merge_table.merge_long, "_compiled", None)
+    monkeypatch.setattr(merge_table.merge_long, "_patience", patience)
+    rng = random.Random(3)
+    words = [
+        "".join(rng.choices("abcdehrt", k=size)) for size in (15, 16, 63, 64, 65, 66, 128, 129, 130, 1000, 5000)
+    ]
+    trained = oracle.trained()
+    for cache_bytes in (1 << 12, 1 << 20):
+        tokenizer = Tokenizer(trained.vocab, trained.merges, [oracle.EOT], cache_bytes=cache_bytes)
+        text = " ".join(rng.choices(words, k=60))
+        for _ in range(2):
+            assert tokenizer.encode_array(text).tolist() == plain(tokenizer, text)
+        assert tokenizer.count_tokens(text) == len(plain(tokenizer, text))
+    assert (merge_table.merge_long._compiled is None) == (patience > 0)
+
+
+def test_whole_words_are_found_among_long_ones(monkeypatch):
+    """A tokenizer whose tokens may be whole words asks its table for every word: plain Python would not."""
+    monkeypatch.setattr(merge_table.merge_long, "_compiled", None)
+    trained = oracle.trained()
+    known = ("ab" * 40).encode()
+    vocab = {**trained.vocab, len(trained.vocab): known}
+    tokenizer = Tokenizer(vocab, trained.merges, {}, "gpt2", ignore_merges=True)
+    assert tokenizer.encode(known.decode()) == [len(trained.vocab)]

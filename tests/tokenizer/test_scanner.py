@@ -201,7 +201,9 @@ for name in sys.argv[1:]:
     for data.flags.writeable in (True, False):  # one compiled version for both
         scan(data, np.array([[0, 9, -1]]), np.zeros(2, np.int64), np.zeros((9, 2), np.int64))
     stats = scan._compiled.stats
-    print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+    scan._longer.address(at_once=True)
+    longer = scan._longer._compiled.cache_hits
+    print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), longer)
 """
 
 
@@ -213,5 +215,25 @@ def test_compiled_once_per_machine(tmp_path):
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     )
-    assert first.split("\n") == [*(f"{name} 0 1" for name in PATTERNS), ""]
-    assert second.split("\n") == [*(f"{name} 1 0" for name in PATTERNS), ""]
+    assert first.split("\n") == [*(f"{name} 0 1 0" for name in PATTERNS), ""]
+    assert second.split("\n") == [*(f"{name} 1 0 1" for name in PATTERNS), ""]
+
+
+@pytest.mark.parametrize("patience", [1 << 40, 0], ids=["plain Python", "compiled"])
+@pytest.mark.parametrize("name", sorted(set(WITH_SCANNER.values())))
+def test_pre_tokens_longer_than_a_block(name, patience, monkeypatch):
+    """What ends them is compiled when there is enough to do, and plain Python until then; neither is fooled by what lies far away."""
+    pattern, scan = next((text, scanner_for(text)) for text, found in WITH_SCANNER.items() if found == name)
+    assert scan is not None
+    oracle.scan_all(scan, b"x", [(0, 1, -1)])  # loads it
+    monkeypatch.setattr(scan._longer, "_compiled", None)
+    monkeypatch.setattr(scan._longer, "_patience", patience)
+    for size in (63, 64, 65, 66, 67, 68, 130, 500, 2047, 2048, 2049, 3000):
+        runs = ["a", " ", "\n", "-", "é", "漢", "\u3000", "A", "1", "'", "\n ", "日A", "/"]
+        tails = ["", "x", "\n", "\n x", "l", "'s", "日", " ", "\u0301", "\n/"]
+        texts = [head + run * size + tail for head in ("", "\n", "日") for run in runs for tail in tails]
+        data = "".join(texts[size % 7 :: 7]).encode()
+        assert oracle.scan_all(scan, data, [(0, len(data), -1)])[:-1] == oracle.expected(pattern, data)
+        for text in texts[size % 13 :: 13]:
+            data = text.encode()
+            assert oracle.scan_all(scan, data, [(0, len(data), -1)])[:-1] == oracle.expected(pattern, data)
