@@ -20,7 +20,7 @@ from scratchlm.section import Section
 if TYPE_CHECKING:
     from scratchlm.experiments.comparison import Comparison
 
-USAGE = "scratchlm ablate SPEC.toml [--out FOLDER] [--jobs N]"
+USAGE = "scratchlm ablate SPEC.toml [--out FOLDER] [--runs FOLDER] [--jobs N]"
 
 
 class AblateArguments(Section):
@@ -35,6 +35,10 @@ class AblateArguments(Section):
         default=1, ge=1, le=1024, description="Runs at once; on a machine with GPUs they are dealt out."
     )
     retry: bool = Field(default=False, description="Run again what failed before.")
+    runs: Path | None = Field(
+        default=None,
+        description="Where the runs lie; experiments with the same folder share equal runs. None: in the experiment's.",
+    )
     dry_run: bool = Field(default=False, description="Only check the spec, and list the variants.")
 
 
@@ -55,7 +59,8 @@ def ablate(arguments: list[str]) -> None:
     from scratchlm.experiments.ablate import Ablation
 
     folder = Path("runs") / experiment.name if options.out is None else expanded(options.out)
-    comparison = Ablation(experiment, source, folder, options.jobs, options.retry, say=say).run()
+    runs = None if options.runs is None else expanded(options.runs)
+    comparison = Ablation(experiment, source, folder, options.jobs, options.retry, runs, say).run()
     print_comparison(comparison)
     say(f"experiment folder: {folder} (open {folder / 'report.html'} in a browser)")
 

@@ -45,6 +45,7 @@ class Ablation:
         folder: the experiment's.
         jobs: runs at once.
         retry: run again what failed.
+        runs: where the runs lie, which other experiments may share; None: in `folder`.
         say: receives one-line messages.
         show_progress: show bars and the lines of runs at work.
 
@@ -57,6 +58,7 @@ class Ablation:
     folder: Path
     jobs: int = 1
     retry: bool = False
+    runs: Path | None = None
     say: Callable[[str], None] = print
     show_progress: bool = True
 
@@ -75,7 +77,7 @@ class Ablation:
         ):
             write_bytes(self.folder / MARKER, self.source.read_bytes())
             prepared = self._prepared()
-            planner = Planner(prepared, self.folder, _compiling)
+            planner = Planner(prepared, self.runs or self.folder / "runs", _compiling)
             with Live() as live:
                 queue = Queue(
                     planner,

@@ -33,7 +33,7 @@ class Row:
         bits, bits_error: the same in bits per byte.
         difference: to the reference with the same seeds, in the unit the experiment is judged by.
         verdict: by the difference's interval; "worse" with no number where all runs of it failed or diverged.
-        figures: medians (or, of counts of trouble, sums) over the finished runs; empty without one.
+        figures: medians (of counts of trouble sums, of speed, memory and the greatest gradient the greatest) over the finished runs; empty without one.
         notes: what has to be known: errors, a missed budget, a best rate at the edge of those tried.
     """
 
@@ -179,7 +179,8 @@ def _row(
 
 
 _SUMMED = ("spikes", "skipped")
-_GREATEST = ("peak_memory", "grad_norm_max")
+_GREATEST = ("peak_memory", "grad_norm_max", "tokens_per_second")
+"""Of the speeds the greatest, too: what slows a run from outside is none of the choice's doing."""
 
 
 def _figures(results: Sequence[Result]) -> dict[str, float]:

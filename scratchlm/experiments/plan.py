@@ -112,16 +112,16 @@ class Planner:
 
     Args:
         experiment: with the vocabulary's size set in every recipe that leaves it to the tokenizer.
-        folder: where runs and the cache lie.
+        runs: where the runs' folders lie.
         compiling: (recipe) → ``on`` or ``off``, for budgets in seconds, whose short run must compute as the long one will.
 
     Raises:
         UserError: the budget is not one.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path, compiling: Callable[[Recipe], str]) -> None:
+    def __init__(self, experiment: Experiment, runs: Path, compiling: Callable[[Recipe], str]) -> None:
         self.experiment = experiment
-        self.folder = folder
+        self.runs = runs
         self.compiling = compiling
         self.amount: Amount = amount_of(experiment.spec.budget, experiment.reference.recipe)
         self._shaped: dict[str, Recipe] = {}
@@ -216,7 +216,7 @@ class Planner:
         """With a folder whose name says what it is, and whose end tells it from others of that name."""
         label = name + ("" if factor == 1.0 else f"-x{factor:g}") + ("-speed" if purpose == "speed" else "")
         folder = f"{label}-s{seed}-{key_of(recipe)[:8]}"
-        placed = {"name": re.sub(r"[^\w.+-]+", "-", folder), "out": self.folder / "runs" / folder}
+        placed = {"name": re.sub(r"[^\w.+-]+", "-", folder), "out": self.runs / folder}
         return Trial(name, purpose, factor, seed, recipe.model_copy(update=placed))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_what_is_finished_is_never_repeated(place: Path, whole: Comparison) -> N
         place, text=SPEC.replace("seeds = 2", "seeds = 2\nfields.'train.eval_interval' = 3"), out="whole"
     )
     assert timeless(third) == timeless(whole) and stamps(place / "runs/whole") == before
+
+
+def test_experiments_may_share_their_runs(place: Path, whole: Comparison) -> None:
+    """The same runs under another name are not made again, only what is new."""
+    runs = place / "runs/whole/runs"
+    before = stamps(place / "runs/whole")
+    text = SPEC.replace("[variants.post]", "[variants.double]").replace('"post"', '"double"')
+    other = ablate(place, "other", text, runs=Path("runs/whole/runs"))
+    after = stamps(place / "runs/whole")
+    new = sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys())
+    assert new == ["double-s0", "double-s1"] and {path: after[path] for path in before} == before
+    assert timeless(other)[0] == timeless(whole)[0] and not (place / "runs/other/runs").exists()
+    for path in new:
+        shutil.rmtree(next(runs.glob(f"{path}-*")))
 
 
 def test_killed_and_begun_again_the_table_is_the_same(place: Path, whole: Comparison) -> None:
