@@ -53,6 +53,8 @@ MEMORY: dict[str, dict[str, Any]] = {
         optim={"implementation": "reference"}, model={"d_model": 512, "heads": 8}, rows=1
     ),
     "accumulation": case(train={"accumulation": 4}, rows=4),
+    "checkpointing": case(train={"activation_checkpointing": "blocks"}),
+    "checkpointing, deep": case("bf16", model={"layers": 12}, train={"activation_checkpointing": "blocks"}),
     "dense fp32, compiled": case(compile=True),
     "dense bf16, compiled": case("bf16", compile=True),
     "wide bf16, compiled": case("bf16", model={"d_model": 512, "heads": 8}, rows=4, compile=True),
@@ -109,12 +111,12 @@ def training(given: dict[str, Any]) -> tuple[Any, Any]:
     from scratchlm.model import Transformer
     from scratchlm.optim import build_optimizers, clip_grad_norm
     from scratchlm.resources.step import CPU
-    from scratchlm.train.loss import NextTokenLoss
+    from scratchlm.train.loss import NextTokenLoss, loss_options
     from scratchlm.train.precision import autocast
 
     config, optim, train = sections(given)
     model = Transformer(config, seed=0)
-    loss = NextTokenLoss(model, train.loss_kernel)
+    loss = NextTokenLoss(model, **loss_options(train))
     if given["compile"]:
         loss.compile()
     optimizers = build_optimizers(model, optim)
@@ -195,9 +197,10 @@ def predict(what: str, given: dict[str, Any]) -> float:
         precision=given["precision"],
         micro_batch=given["rows"],
         accumulation=train.accumulation,
+        compiled=given["compile"],
     )
     if what == "memory":
-        return step.trace.peak()[1]
+        return step.memory.peak()[1]
     return sum(seconds_by_phase(step.trace, Measured(load_measurement()), given["compile"]).values())
 
 

@@ -272,6 +272,11 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
     )
+    activation_checkpointing: Literal["none", "blocks"] = Field(
+        default="none",
+        description="blocks: a block keeps its input alone and computes the rest again in the backward pass; less memory, about a "
+        "third more FLOPs.",
+    )
     loss_kernel: Literal["auto", "reference", "chunked"] = Field(
         default="auto", description="chunked: head and cross-entropy by rows, never holding all logits."
     )

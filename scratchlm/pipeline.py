@@ -242,7 +242,7 @@ class Pipeline:
         from scratchlm.train.batch_warmup import GrowingBatches
         from scratchlm.train.checkpoint import checkpoints
         from scratchlm.train.loop import Trainer
-        from scratchlm.train.loss import NextTokenLoss
+        from scratchlm.train.loss import NextTokenLoss, loss_options
         from scratchlm.train.trackers import Trackers
 
         data, recipe = self.data, self.recipe
@@ -295,9 +295,7 @@ class Pipeline:
         with trackers, Prefetcher(growing) as batches:
             trainer = Trainer(
                 model=model,
-                loss=NextTokenLoss(
-                    model, recipe.train.loss_kernel, z_loss=recipe.train.z_loss, mtp_weight=recipe.train.mtp_weight
-                ),
+                loss=NextTokenLoss(model, **loss_options(recipe.train)),
                 loader=batches,
                 config=recipe.train,
                 optim=recipe.optim,
@@ -307,7 +305,7 @@ class Pipeline:
                 trackers=trackers.log,
                 tokenizer=self.tokenizer,
                 seed=recipe.seed,
-                plan=plan_of(self.model_config, recipe.optim, recipe.train),
+                plan=plan_of(self.model_config, recipe.optim, recipe.train, on_cpu=self.device.type == "cpu"),
                 utilisation=mfu_on(self.device),
                 say=self.say,
                 show_progress=self.show_progress,

@@ -24,7 +24,8 @@ _ELSEWHERE = {
 _ROUNDING = {
     # Fields that choose another way to compute the same: a run may go on with another one, in other last digits.
     "device", "threads", "model.kernels", "model.attention_kernel", "train.precision", "train.compile",
-    "train.loss_kernel", "train.micro_batch", "train.accumulation", "optim.implementation", "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
+    "train.loss_kernel", "train.activation_checkpointing", "train.micro_batch", "train.accumulation", "optim.implementation",
+    "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
 }  # fmt: skip
 
 

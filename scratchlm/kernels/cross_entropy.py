@@ -157,6 +157,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 d_weight += gradient.T @ x[block]
             if d_bias is not None:
                 d_bias += gradient.sum(dim=0, dtype=wide)
+            del products, gradient  # else they were still there while the next block's come to be
         if wants_gradient:
             ctx.save_for_backward(d_x, d_weight, d_bias)
         ctx.mark_non_differentiable(nats)

@@ -89,6 +89,7 @@ class Context:
         valid: False for padding among the new tokens, (batch, length); None: there is none.
         routers: every router of the pass appends its record here; none does where there is a cache, in generation.
         memo: what positions computed for one layer and others ask for again.
+        checkpointing: a block keeps only its input for the backward pass, and computes the rest again there.
     """
 
     positions: Int[Tensor, "... length"] | None = None
@@ -98,3 +99,4 @@ class Context:
     valid: Bool[Tensor, "batch length"] | None = None
     routers: list[RouterRecord] = field(default_factory=list)
     memo: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    checkpointing: bool = False

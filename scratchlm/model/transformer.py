@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scratchlm.errors import UserError
 from scratchlm.kernels.functions import soft_cap
@@ -21,6 +22,13 @@ from scratchlm.model.mask import visibility
 from scratchlm.model.norm import NoNorm, norm_of
 from scratchlm.model.position import Positions
 from scratchlm.model.prediction import PredictionModule
+
+
+def _checkpointed(block: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """`block(x, context)`, of which only x is kept: the backward pass calls the block again (Chen et al. 2016, arXiv 1604.06174)."""
+    made: Tensor = checkpoint(block, x, context, use_reentrant=False)
+    return made
+
 
 Body = Callable[[Tensor, Context], tuple[Tensor, list[RouterRecord]]]
 
@@ -151,7 +159,7 @@ class Transformer(nn.Module):
         ids in whatever order its threads come, so that two equal runs would differ in the last digit."""
         context = replace(context, routers=[])
         for block in self.blocks:
-            x = block(x, context)
+            x = _checkpointed(block, x, context) if context.checkpointing else block(x, context)
         return self.norm(x), context.routers
 
     def hidden(

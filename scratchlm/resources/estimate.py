@@ -181,7 +181,7 @@ def estimate(
     Args:
         recipe: nothing of it is run.
         precision: ``bf16`` or ``fp32``.
-        compiled: whether passes between products are fused, for the time.
+        compiled: whether the model's blocks go through torch.compile: passes between products are fused, and less is kept.
         machine: gives times; None: no times.
         memory_bytes: of the device, for the largest micro-batch; None: it is not said.
         price_per_hour: for the money.
@@ -203,9 +203,12 @@ def estimate(
         )
     parts = whole // rows
     length = config.context_length
+    on_cpu = not fused_dropout if machine is None else machine.is_cpu
+    if compiled and on_cpu:
+        config = as_compiled_on_a_cpu(config, length)
 
     prepared = Traceable(config, recipe.optim, recipe.train)
-    given: dict[str, Any] = {"precision": precision, "accumulation": parts}
+    given: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
     step = prepared.step(micro_batch=rows, **given)
     optimizer = _peak_of_update(step)
 
@@ -218,12 +221,12 @@ def estimate(
         wanted = {"micro_batch": batch, "for_peak": True, **given, **changes}
         if two_shallow is not None:
             *models, more = two_shallow
-            one, two = (model.step(**wanted).trace for model in models)
+            one, two = (model.step(**wanted).memory for model in models)
             found = peak_of_deeper(one, two, more)
             if found is not None:
                 return max(found, optimizer + _tables(one) + more * (_tables(two) - _tables(one)))
             two_shallow = None  # its other steps are no more regular
-        trace = prepared.step(**wanted).trace
+        trace = prepared.step(**wanted).memory
         return max(trace.peak()[1], optimizer + _tables(trace))
 
     model = prepared.model
@@ -238,10 +241,6 @@ def estimate(
         largest = largest_fitting(peak, memory_bytes, peaks, most)
     tokens = step.tokens
     saved = _savings(peak, step, rows, precision, recipe) if savings else {}
-    timed = step
-    if compiled and machine is not None and machine.is_cpu and as_compiled_on_a_cpu(config, length) != config:
-        compiled_like = Traceable(as_compiled_on_a_cpu(config, length), recipe.optim, recipe.train)
-        timed = compiled_like.step(micro_batch=rows, **given)
     found = Estimate(
         name=recipe.name,
         precision=precision,
@@ -266,7 +265,7 @@ def estimate(
         cache_bytes_per_token=_cache(config, precision)[0],
         cache_bytes_bounded=_cache(config, precision)[1],
         savings=saved,
-        time=None if machine is None else _time(timed, recipe, machine, compiled, model, price_per_hour),
+        time=None if machine is None else _time(step, recipe, machine, compiled, model, price_per_hour),
     )
     return found
 
@@ -320,7 +319,7 @@ def _cache(config: ModelConfig, precision: str) -> tuple[int, int]:
 
 
 def _memory(step: Step) -> Memory:
-    trace = step.trace
+    trace = step.memory
     moment, peak = trace.peak()
     operation = trace.operations[moment]
     alive = trace.live_by(moment, lambda s: s.kind)
@@ -348,8 +347,8 @@ def _two_shallow(config: ModelConfig, recipe: Recipe) -> tuple[Traceable, Tracea
 
 def _peak_of_update(step: Step) -> int:
     """The most that lives while the optimizer works, without the batch, which alone depends on the micro-batch."""
-    live = zip(step.trace.operations, step.trace.timeline(), strict=True)
-    return max((bytes_ for op, bytes_ in live if op.phase == "optimizer"), default=0) - _tables(step.trace)
+    live = zip(step.memory.operations, step.memory.timeline(), strict=True)
+    return max((bytes_ for op, bytes_ in live if op.phase == "optimizer"), default=0) - _tables(step.memory)
 
 
 def _tables(trace: Trace) -> int:
@@ -378,7 +377,7 @@ def components_of(step: Step, model: Transformer) -> list[Component]:
                 component.forward += share
             else:
                 component.backward += share
-    for storage in step.trace.storages:
+    for storage in step.memory.storages:
         if storage.owner:
             owner = at(collapsed(storage.owner.rpartition(".")[0]))
             if storage.kind == "weights":
@@ -452,7 +451,7 @@ def _savings(
     peak_with: Callable[..., int], step: Step, rows: int, precision: str, recipe: Recipe
 ) -> dict[str, int]:
     """Peak bytes with one thing changed: what can be traced is traced, the rest is taken from the trace."""
-    peak = step.trace.peak()[1]
+    peak = step.memory.peak()[1]
     found: dict[str, int] = {}
     if precision != "bf16":
         found["bf16 autocast"] = peak_with(rows, precision="bf16")
@@ -462,45 +461,9 @@ def _savings(
         found["half the micro-batch, twice the accumulation"] = half
     if recipe.train.loss_kernel == "reference":
         found["chunked loss"] = peak_with(rows, loss_kernel="chunked")
-    found["checkpointing whole blocks"] = checkpointed_peak(step)
-    state = sum(s.size for s in step.trace.storages if s.kind == "optimizer state")
+    if recipe.train.activation_checkpointing == "none":
+        found["checkpointing whole blocks"] = peak_with(rows, checkpointing="blocks")
+    state = sum(s.size for s in step.memory.storages if s.kind == "optimizer state")
     if state:
         found["optimizer states in 8 bits"] = peak - state + round(IN_8_BITS * state)
     return {name: bytes_ for name, bytes_ in found.items() if bytes_ != peak}
-
-
-def checkpointed_peak(step: Step) -> int:
-    """Peak bytes if each block kept its input alone and computed the rest again in the backward pass.
-
-    What a block keeps is taken away at every moment, but for its output (the next one's input); one block's is added in the
-    backward pass, where it is computed again.
-    """
-    trace = step.trace
-    blocks: dict[str, list[Any]] = defaultdict(list)
-    for storage in trace.storages:
-        found = re.match(r"(blocks\.\d+)", storage.module)
-        if storage.kind == "activations" and found:
-            blocks[found[1]].append(storage)
-    if not blocks:
-        return trace.peak()[1]
-    kept = {
-        id(storage) for block in blocks.values() for storage in (max(block, key=lambda one: (one.born, one.size)),)
-    }
-    again = max(sum(s.size for s in block if id(s) not in kept) for block in blocks.values())
-    live = trace.timeline()
-    change = [0] * (len(live) + 1)
-    ends = {name: max(s.born for s in block) for name, block in blocks.items()}
-    for name, block in blocks.items():
-        for storage in block:
-            if id(storage) in kept:
-                continue
-            start = ends[name] + 1  # while the block runs, all of it is there
-            end = len(live) if storage.died is None else storage.died
-            change[min(start, len(live))] -= storage.size
-            change[max(min(end, len(live)), min(start, len(live)))] += storage.size
-    best = total = 0
-    for moment, bytes_ in enumerate(live):
-        total += change[moment]
-        recomputed = again if trace.operations[moment].phase == "backward" else 0
-        best = max(best, bytes_ + total + recomputed)
-    return best

@@ -12,22 +12,23 @@ import torch
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
-from scratchlm.resources.step import trace_step
+from scratchlm.resources.step import as_compiled_on_a_cpu, trace_step
 from scratchlm.train.fitting import Need, Plan
 
 
-def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig) -> Plan:
+def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, on_cpu: bool = True) -> Plan:
     """That of language modelling: a step traced without memory.
 
     Args:
         config: the architecture, with its vocabulary.
         optim, train: sections of the recipe.
+        on_cpu: whether it will run on one: there compiled blocks take another attention.
     """
 
-    def need(micro_batch: int, parts: int, precision: str) -> Need:
-        trace = trace_step(
-            config, optim, train, precision=precision, micro_batch=micro_batch, accumulation=parts
-        ).trace
+    def need(micro_batch: int, parts: int, precision: str, compiled: bool) -> Need:
+        model = as_compiled_on_a_cpu(config, config.context_length) if compiled and on_cpu else config
+        options: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
+        trace = trace_step(model, optim, train, micro_batch=micro_batch, **options).memory
         state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")
         return Need(trace.peak()[1], state)
 

@@ -47,6 +47,7 @@ from scratchlm.resources.profile_timing import (
     phase_ranges,
 )
 from scratchlm.train.loop import Loader
+from scratchlm.train.loss import loss_options
 from scratchlm.train.precision import choose_device
 
 REPORT = "profile.json"
@@ -177,7 +178,7 @@ def profile(
         config = recipe.model.model_copy(update={"vocab_size": found.vocab_size})
         model = Transformer(config, seed=recipe.seed)
         train = recipe.train
-        loss = MarkedLoss(model, train.loss_kernel, z_loss=train.z_loss, mtp_weight=train.mtp_weight)
+        loss = MarkedLoss(model, **loss_options(train))
         trainer = SteppingTrainer(
             model=model,
             loss=loss,
@@ -187,7 +188,7 @@ def profile(
             folder=folder,
             device=device,
             seed=recipe.seed,
-            plan=plan_of(config, recipe.optim, train),
+            plan=plan_of(config, recipe.optim, train, on_cpu=device.type == "cpu"),
             say=say,
             show_progress=False,
         )

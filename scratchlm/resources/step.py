@@ -18,8 +18,9 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm
+from scratchlm.resources.compiled import compiled as as_compiled
 from scratchlm.resources.trace import Trace, Tracer, without_memory
-from scratchlm.train.loss import NextTokenLoss
+from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.precision import autocast
 
 CPU = torch.device("cpu")
@@ -31,7 +32,8 @@ class Step:
 
     Attributes:
         trace: operations and storages of one micro-batch (of the second, if there are several: gradients are there then) and
-            of the optimizer.
+            of the optimizer; storages as of an eager step.
+        memory: the same operations with the storages that there are: where the blocks are compiled, fewer.
         micro_batch, length: sequences per micro-batch, tokens per sequence.
         accumulation: micro-batches per step.
         precision: ``bf16`` (autocast) or ``fp32``.
@@ -39,6 +41,7 @@ class Step:
     """
 
     trace: Trace
+    memory: Trace
     micro_batch: int
     length: int
     accumulation: int
@@ -93,6 +96,8 @@ class Traceable:
         length: int | None = None,
         loss_kernel: str | None = None,
         for_peak: bool = False,
+        compiled: bool = False,
+        checkpointing: str | None = None,
     ) -> Step:
         """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
 
@@ -104,16 +109,15 @@ class Traceable:
             loss_kernel: instead of the recipe's.
             for_peak: leave out the optimizer, which does the same whatever the micro-batch, and of the loss's blocks all that do
                 as the one before them: the peak of forward and backward is the same.
+            compiled: whether the blocks go through torch.compile (:mod:`scratchlm.resources.compiled`).
+            checkpointing: instead of the recipe's ``train.activation_checkpointing``.
         """
         length = length or self.config.context_length
         with self._place(), _no_collections():
             batch = self.batch(micro_batch, length)
-            loss = NextTokenLoss(
-                self.model,
-                loss_kernel or self.train.loss_kernel,
-                z_loss=self.train.z_loss,
-                mtp_weight=self.train.mtp_weight,
-            )
+            changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
+            train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
+            loss = NextTokenLoss(self.model, **loss_options(train))
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
             tracer = Tracer(self.model)
@@ -132,7 +136,9 @@ class Traceable:
                     self._clip()
                     self.optimizers.step()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        return Step(tracer.trace, micro_batch, length, accumulation, precision, params)
+        trace = tracer.trace
+        memory = as_compiled(trace, fused_loss=loss.kernel == "chunked") if compiled else trace
+        return Step(trace, memory, micro_batch, length, accumulation, precision, params)
 
     def _clip(self) -> None:
         """As :func:`scratchlm.optim.clip_grad_norm` where the norm is too large: only numbers could say that it is not."""

@@ -33,6 +33,10 @@ from scratchlm.train.checkpoint import generator_states, restore_generators
 MARGIN = 0.1
 """Share of the memory that an estimate leaves free: for the allocator's gaps and the libraries' own buffers."""
 
+COMPILER = 1_000_000_000
+"""Bytes of main memory that torch.compile takes for itself on a CPU while it works: its own modules and graphs (kept), and a C++ compiler per
+thread (for a moment)."""
+
 _MESSAGES = (
     "can't allocate memory",  # torch's allocator on a CPU
     "not enough memory",  # the same on Windows
@@ -60,11 +64,11 @@ class Plan:
     """What a task knows about its memory before it runs.
 
     Attributes:
-        need: (sequences at once, micro-batches per step, precision) → bytes.
+        need: (sequences at once, micro-batches per step, precision, whether the blocks are compiled) → bytes.
         probe: that many sequences of random ids, shaped as the loader's batches.
     """
 
-    need: Callable[[int, int, str], Need]
+    need: Callable[[int, int, str, bool], Need]
     probe: Callable[[int], Any]
 
 
@@ -192,13 +196,20 @@ def _address_space() -> int | None:
 
 
 def choose(
-    train: TrainConfig, precision: str, device: torch.device, held: int, plan: Plan, say: Callable[[str], None]
+    train: TrainConfig,
+    precision: str,
+    compiled: bool,
+    device: torch.device,
+    held: int,
+    plan: Plan,
+    say: Callable[[str], None],
 ) -> tuple[int, Need]:
     """The micro-batch to begin with, said with its reason.
 
     Args:
         train: batch_size is split; memory_limit bounds the memory.
         precision: ``bf16`` or ``fp32``.
+        compiled: whether torch.compile will work.
         device: where training will run.
         held: see :func:`memory_budget`.
         plan: knows the bytes.
@@ -210,10 +221,13 @@ def choose(
     batch_size = train.batch_size
 
     def need(micro_batch: int) -> Need:
-        return plan.need(micro_batch, batch_size // micro_batch, precision)
+        return plan.need(micro_batch, batch_size // micro_batch, precision, compiled)
 
     limit = None if train.memory_limit is None else parse_bytes(train.memory_limit)
-    known = [size for size in (memory_budget(device, held), limit) if size is not None]
+    free = memory_budget(device, held)
+    if free is not None and compiled and device.type == "cpu":
+        free = max(0, free - COMPILER)
+    known = [size for size in (free, limit) if size is not None]
     if not known:
         say(f"micro-batches of {batch_size}, to be tried: the system does not tell how much memory is free")
         return batch_size, Need(0)

@@ -193,7 +193,8 @@ class Trainer:
         with fitting.untouched_generators(self.device):
             state = self.optimizers.named_state().values()
             held = fitting.held_bytes([*self.model.parameters(), *self.model.buffers(), *state], self.device)
-            size, need = fitting.choose(config, self.state.precision, self.device, held, self.plan, self.say)
+            how = self.state.precision, self.loss.compiled
+            size, need = fitting.choose(config, *how, self.device, held, self.plan, self.say)
             self._parts = config.batch_size // size
             # The optimizer's state comes with the first step: until then its room is taken here.
             missing = max(0, need.state - fitting.held_bytes(state, self.device))

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from scratchlm.config import TrainConfig
 from scratchlm.kernels.cross_entropy import (
     IGNORE_INDEX,
     HeadOptions,
@@ -33,6 +35,16 @@ class Batch(Protocol):
     documents: Tensor | None
 
 
+def loss_options(train: TrainConfig) -> dict[str, Any]:
+    """What a recipe's section says of the objective: keyword arguments of :class:`NextTokenLoss`."""
+    return {
+        "kernel": train.loss_kernel,
+        "z_loss": train.z_loss,
+        "mtp_weight": train.mtp_weight,
+        "checkpointing": train.activation_checkpointing,
+    }
+
+
 class NextTokenLoss:
     """Sum over a batch of −log p(target | what came before), in nats, with the architecture's own additions.
 
@@ -43,15 +55,23 @@ class NextTokenLoss:
         kernel: ``reference`` (all logits) or ``chunked``; ``auto`` is chunked.
         z_loss: weight of the squared log-normaliser of the language model's softmax.
         mtp_weight: weight of the multi-token predictions (λ in DeepSeek-V3, eq. 25).
+        checkpointing: ``blocks``: a block keeps only its input for the backward pass; ``none``.
     """
 
     def __init__(
-        self, model: Transformer, kernel: str = "auto", *, z_loss: float = 0.0, mtp_weight: float = 0.3
+        self,
+        model: Transformer,
+        kernel: str = "auto",
+        *,
+        z_loss: float = 0.0,
+        mtp_weight: float = 0.3,
+        checkpointing: str = "none",
     ) -> None:
         self.model = model
         self.kernel = "chunked" if kernel == "auto" else kernel
         self.options = HeadOptions(model.config.logit_scale, model.config.logit_soft_cap, z_loss)
         self.mtp_weight = mtp_weight
+        self.checkpointing = checkpointing == "blocks"
         self.body = model.body
         self.compiled = False
         self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0
@@ -70,6 +90,7 @@ class NextTokenLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         context = self.model.context(batch.inputs, batch.positions, batch.documents)
+        context = replace(context, checkpointing=self.checkpointing)
         hidden, routers = self.model.run(batch.inputs, context, self.body)
         targets = self.targets(batch)
         objective, nats = self._head(hidden, targets)

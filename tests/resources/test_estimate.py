@@ -15,16 +15,14 @@ from scratchlm.model import presets
 from scratchlm.model.draw.hollow import hollow
 from scratchlm.resources.devices import find
 from scratchlm.resources.estimate import (
-    checkpointed_peak,
     collapsed,
     estimate,
     largest_fitting,
     model_of,
     vocabulary,
 )
-from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import Traceable, as_compiled_on_a_cpu, trace_step
 from scratchlm.resources.timing import Datasheet
-from scratchlm.resources.trace import Operation, Storage, Trace
 
 SMALL: dict[str, Any] = {"vocab_size": 400, "context_length": 64, "d_model": 48, "layers": 3, "heads": 4}
 
@@ -156,22 +154,25 @@ def test_what_could_be_saved() -> None:
     assert "optimizer states in 8 bits" not in sgd.savings and "bf16 autocast" not in sgd.savings
 
 
-def test_checkpointing_by_hand() -> None:
-    """Two blocks keep 10 + 2 each, 2 being the output: without, 24 at most; with, both outputs and one block's 10 again."""
+def test_checkpointing_is_traced() -> None:
+    model = {"layers": 6, "context_length": 256}
+    found = estimate(recipe(train={"batch_size": 16}, model=model), precision="bf16")
+    train = {"batch_size": 16, "activation_checkpointing": "blocks"}
+    less = estimate(recipe(train=train, model=model), precision="bf16")
+    assert less.memory.peak == found.savings["checkpointing whole blocks"] < 0.8 * found.memory.peak
+    assert "checkpointing whole blocks" not in less.savings
+    assert less.forward_flops == found.forward_flops
+    again = less.backward_flops - found.backward_flops
+    assert 0.5 * found.forward_flops < again < found.forward_flops, "the blocks once more, the head not"
 
-    def operation(phase: Any) -> Operation:
-        return Operation("mm", phase, "", 0, 0, 0, (), None)  # type: ignore[arg-type]
 
-    trace = Trace([operation("forward")] * 4 + [operation("backward")] * 2)
-
-    def kept(size: int, born: int, died: int, layer: int) -> Storage:
-        return Storage(size, born, "forward", f"blocks.{layer}.x", "mm", died, kind="activations")
-
-    trace.storages = [kept(10, 0, 6, 0), kept(2, 1, 6, 0), kept(10, 2, 5, 1), kept(2, 3, 5, 1)]
-    step = Step(trace, 1, 1, 1, "fp32", {})
-    assert trace.timeline() == [10, 12, 22, 24, 24, 12]
-    assert checkpointed_peak(step) == 14
-    assert checkpointed_peak(Step(Trace([operation("forward")]), 1, 1, 1, "fp32", {})) == 0
+def test_compiled_blocks_keep_less() -> None:
+    given = recipe(train={"batch_size": 8}, model={"context_length": 256, "attention_kernel": "sdpa"})
+    eager, fused = (estimate(given, precision="bf16", compiled=on, savings=False) for on in (False, True))
+    assert fused.memory.peak < eager.memory.peak
+    kept = [sum(part.kept for part in found.components) for found in (eager, fused)]
+    assert kept[1] < 0.8 * kept[0]
+    assert fused.bytes_per_sequence < eager.bytes_per_sequence and fused.params == eager.params
 
 
 def test_time_and_money_follow_from_a_device() -> None:

@@ -42,7 +42,7 @@ def simple_plan(per_sequence: int = 100, fixed: int = 1000) -> Plan:
         ids = torch.randint(MODEL.vocab_size, (sequences, 8))
         return Batch(ids, torch.randint(MODEL.vocab_size, (sequences, 8)))
 
-    return Plan(lambda micro_batch, parts, precision: Need(fixed + per_sequence * micro_batch), probe)
+    return Plan(lambda micro_batch, parts, precision, compiled: Need(fixed + per_sequence * micro_batch), probe)
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def test_the_choice_is_what_the_estimate_says(tmp_path: Path) -> None:
         for limit, expected in ((peaks[n] / 0.9 + 1, n), (peaks[n] / 0.9 - 2, less)):
             said: list[str] = []
             train = TrainConfig(batch_size=6, memory_limit=f"{int(limit)}B", **AUTO)
-            found, need = fitting.choose(train, "fp32", CPU, 0, plan, said.append)
+            found, need = fitting.choose(train, "fp32", False, CPU, 0, plan, said.append)
             assert (found, need.peak) == (expected, peaks[expected])
             assert len(said) == 1 and said[0].startswith(f"micro-batches of {expected}, {6 // expected} per step: ")
     params = sum(p.numel() for p in Transformer(MODEL, seed=0).parameters())
@@ -202,17 +202,39 @@ def test_a_limit_that_one_sequence_exceeds(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train\.memory_limit = 1kB: one sequence needs 1\.1 kB, and 10% stay free"
     ):
-        fitting.choose(train, "fp32", CPU, 0, simple_plan(), print)
+        fitting.choose(train, "fp32", False, CPU, 0, simple_plan(), print)
+
+
+def test_the_compiler_takes_its_share_of_a_cpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is free, not of a limit that the recipe sets: that one is for the model."""
+    plan, cuda = simple_plan(), torch.device("cuda")
+    monkeypatch.setattr(fitting, "memory_budget", lambda device, held: fitting.COMPILER + 1600)
+    train = TrainConfig(batch_size=4, **AUTO)
+    for compiled, device, expected in ((True, CPU, 4), (True, cuda, 4), (False, CPU, 4)):
+        assert fitting.choose(train, "fp32", compiled, device, 0, plan, print)[0] == expected
+    monkeypatch.setattr(fitting, "memory_budget", lambda device, held: fitting.COMPILER + 1300)
+    for compiled, device, expected in ((True, CPU, 1), (True, cuda, 4), (False, CPU, 4)):
+        assert fitting.choose(train, "fp32", compiled, device, 0, plan, print)[0] == expected
+    limited = TrainConfig(batch_size=4, memory_limit="1600B", **AUTO)
+    monkeypatch.setattr(fitting, "memory_budget", lambda device, held: 2 * fitting.COMPILER)
+    assert fitting.choose(limited, "fp32", True, CPU, 0, plan, print)[0] == 4
 
 
 def test_memory_that_is_free_is_tried_even_if_the_estimate_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(fitting, "memory_budget", lambda device, held: 1000 + held)
-    assert fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", CPU, 0, simple_plan(), said.append)[0] == 1
+    assert (
+        fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", False, CPU, 0, simple_plan(), said.append)[0] == 1
+    )
     assert said.pop().endswith("1.1 kB of 1 kB by the estimate, to be tried")
-    assert fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", CPU, 600, simple_plan(), said.append)[0] == 4
+    assert (
+        fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", False, CPU, 600, simple_plan(), said.append)[0]
+        == 4
+    )
     monkeypatch.setattr(fitting, "memory_budget", lambda device, held: None)
-    assert fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", CPU, 0, simple_plan(), said.append)[0] == 4
+    assert (
+        fitting.choose(TrainConfig(batch_size=4, **AUTO), "fp32", False, CPU, 0, simple_plan(), said.append)[0] == 4
+    )
     assert "does not tell" in said[-1]
 
 
@@ -347,7 +369,7 @@ def limited_run(folder: Path, micro_batch: Any) -> Trainer:
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of address space is Linux's")
 def test_under_a_real_limit_the_choice_runs_and_its_double_does_not(tmp_path: Path) -> None:
     plan = plan_of(LARGE, LARGE_OPTIM, LARGE_TRAIN)
-    eight, sixteen = (plan.need(n, 32 // n, "fp32").peak for n in (8, 16))
+    eight, sixteen = (plan.need(n, 32 // n, "fp32", False).peak for n in (8, 16))
     limit = int(1.35 * eight)
     assert eight < 0.9 * limit and limit < sixteen
     root = Path(__file__).parent
