@@ -3,7 +3,7 @@
 Each configuration runs in a process of its own. Memory: glibc is told to give every freed block back at once, so that the resident
 set follows the tensors; its highest value over three steps, less what was resident before the model was built, is compared with the
 peak of the traced step. What torch's compiler itself holds is none of the model's: a compiled step is compared by how far it rises above
-the resident set between two steps, and the tensors that are there then. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
+the resident set between two steps, and the tensors that are there then; the rest is written beside it as `compiler`. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
 warming up, compared with the prediction from `scratchlm resources measure`, which must have been run on this machine before.
 
 Start: whole processes of `scratchlm resources`, interleaved with one that only imports torch, by the clock and by the CPU's time.
@@ -59,6 +59,12 @@ MEMORY: dict[str, dict[str, Any]] = {
     "dense bf16, compiled": case("bf16", compile=True),
     "wide bf16, compiled": case("bf16", model={"d_model": 512, "heads": 8}, rows=4, compile=True),
     "long context bf16, compiled": case("bf16", model={"context_length": 2048}, rows=1, compile=True),
+    "experts, compiled": case(model={"moe": {"experts": 8, "top_k": 2}}, rows=4, compile=True),
+    "latent attention, compiled": case(
+        "bf16", model={"attention": "mla", "latent": {"kv_rank": 64, "rope_dim": 32}}, compile=True
+    ),
+    "accumulation, compiled": case(train={"accumulation": 4}, rows=4, compile=True),
+    "checkpointing, compiled": case(train={"activation_checkpointing": "blocks"}, compile=True),
 }
 
 TIME: dict[str, dict[str, Any]] = {
@@ -152,7 +158,7 @@ def measure_memory(given: dict[str, Any]) -> dict[str, Any]:
     mallopt(_M_TRIM_THRESHOLD, 1 << 14)
     mallopt(_M_TOP_PAD, 0)
     small = {"vocab_size": 64, "context_length": 32, "d_model": 32, "layers": 1, "heads": 2}
-    tiny = {**given, "model": {**given["model"], **small}, "rows": 2}
+    tiny = {**given, "model": {**given["model"], **small}, "rows": 2, "compile": False}
     for _ in range(2):
         training(tiny)[0]()  # libraries, threads
     before = resident("VmRSS")
@@ -167,7 +173,7 @@ def measure_memory(given: dict[str, Any]) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
         step()
-    return {"measured": resident("VmHWM") - between + standing()}
+    return {"measured": resident("VmHWM") - between + standing(), "compiler": between - before - standing()}
 
 
 def measure_time(given: dict[str, Any], steps: int) -> dict[str, Any]:

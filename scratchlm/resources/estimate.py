@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from scratchlm.config import Recipe
+from scratchlm.config import Recipe, TrainConfig
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
 from scratchlm.model.config import ModelConfig
@@ -20,6 +20,7 @@ from scratchlm.resources.depth import peak_of_deeper, shallow
 from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation, Trace
+from scratchlm.train.fitting import MARGIN, Need, largest
 
 IN_8_BITS = (1 + 4 / 256) / 4
 """Of a state in fp32 what it takes in 8 bits, with a scale in fp32 per block of 256 (Dettmers et al. 2022, arXiv 2110.02861)."""
@@ -195,20 +196,21 @@ def estimate(
     config = model_of(recipe)
     if fused_dropout:
         config = config.model_copy(update={"attention_dropout": 0.0})
-    whole = recipe.train.batch_size
-    rows = micro_batch or whole // (recipe.train.parts or 1)
-    if whole % rows:
-        raise UserError(
-            f"micro-batch {rows} does not divide train.batch_size = {whole}; give a divisor, or --train.batch-size as well"
-        )
-    parts = whole // rows
     length = config.context_length
     on_cpu = not fused_dropout if machine is None else machine.is_cpu
     if compiled and on_cpu:
         config = as_compiled_on_a_cpu(config, length)
 
     prepared = Traceable(config, recipe.optim, recipe.train)
-    given: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
+    options: dict[str, Any] = {"precision": precision, "compiled": compiled}
+    rows = micro_batch or _micro_batch(recipe.train, prepared, options, memory_bytes)
+    whole = recipe.train.batch_size
+    if whole % rows:
+        raise UserError(
+            f"micro-batch {rows} does not divide train.batch_size = {whole}; give a divisor, or --train.batch-size as well"
+        )
+    parts = whole // rows
+    given = options | {"accumulation": parts}
     step = prepared.step(micro_batch=rows, **given)
     optimizer = _peak_of_update(step)
 
@@ -268,6 +270,18 @@ def estimate(
         time=None if machine is None else _time(step, recipe, machine, compiled, model, price_per_hour),
     )
     return found
+
+
+def _micro_batch(train: TrainConfig, prepared: Traceable, options: dict[str, Any], memory: float | None) -> int:
+    """The recipe's; where that is ``auto``, what a run would begin with on a device with so much memory."""
+    if train.parts is not None or memory is None:
+        return train.batch_size // (train.parts or 1)
+
+    def need(rows: int) -> Need:
+        step = prepared.step(micro_batch=rows, accumulation=train.batch_size // rows, **options)
+        return Need(step.memory.peak()[1])
+
+    return largest(train.batch_size, (1 - MARGIN) * memory, need)[0]
 
 
 def largest_fitting(

@@ -3,7 +3,8 @@
 All of it in plain torch. Everything is timed in rounds: each round times every task once, so that a busy minute falls on all tasks
 and not on one; the median over the rounds counts, and their interquartile range is kept beside it. A task is repeated within a
 timing until that takes a few milliseconds, and a device that computes behind the caller's back is waited for.
-Operands lie where the call before left them: small ones are in a cache, as in a training step.
+A training step finds few of its operands in a cache: between two looks at one, a whole pass over the model has gone by. So products and
+elementwise passes take the next piece of a large buffer at every call, and what they make is kept for as long (:class:`_Cold`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -65,6 +67,7 @@ class Plan:
         slowest: a product that would take longer than so many seconds is left out.
         shortest: a timing is made of repeated calls until it takes so many seconds.
         quick: kept in the result.
+        cold: so many bytes go by before an operand is used again: more than the caches hold.
     """
 
     shapes: tuple[Shape, ...]
@@ -78,6 +81,7 @@ class Plan:
     shortest: float
     quick: bool = False
     head_dims: tuple[int, ...] = (64,)
+    cold: int = 2**27
 
 
 def _shapes(squares: Sequence[int], rows: Sequence[int], widths: Sequence[int]) -> tuple[Shape, ...]:
@@ -126,11 +130,46 @@ class _Task:
     timings: list[float] = field(default_factory=list)
 
 
+class _Cold:
+    """Operands and results that are in no cache.
+
+    ::
+
+        buffer    │ x₀ │ x₁ │ x₂ │ …    each call takes the next piece, and comes back to the first when all caches have forgotten it
+        results   │ y₀ │ y₁ │ y₂ │ …    kept as long, so that the allocator does not hand out the memory that was just written
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._results: deque[Tensor] = deque()
+        self._held = 0
+
+    def pieces(self, buffer: Tensor, *shape: int) -> Iterator[Tensor]:
+        """Tensors of `shape` cut from `buffer`, without end."""
+        numbers = math.prod(shape)
+        whole = min(buffer.numel(), max(numbers, self.size // buffer.element_size()))
+        starts = range(0, whole - numbers + 1, numbers)
+        return itertools.cycle([buffer[start : start + numbers].view(shape) for start in starts])
+
+    def keep(self, result: Tensor) -> None:
+        """Hold on to `result` until as many bytes have followed it."""
+        self._results.append(result)
+        self._held += result.nbytes
+        while self._held > self.size:
+            self._held -= self._results.popleft().nbytes
+
+    def clear(self) -> None:
+        """Give everything back."""
+        self._results.clear()
+        self._held = 0
+
+
 class _Bench:
     """Times tasks on a device in interleaved rounds."""
 
     def __init__(self, device: torch.device, plan: Plan, show: bool) -> None:
         self.device, self.plan, self.show = device, plan, show
+        self.cold = _Cold(plan.cold)
 
     def wait(self) -> None:
         """Until the device has done all it was given."""
@@ -283,7 +322,7 @@ def _products(bench: _Bench, dtypes: Sequence[str]) -> tuple[Product, ...]:
     slowest = bench.plan.slowest
     for dtype in dtypes:
         shapes = sorted(bench.plan.shapes, key=math.prod)
-        buffer = [torch.empty(0), torch.empty(0)]
+        buffer = [_random(bench.plan.cold // BYTES[dtype], dtype, bench.device) for _ in range(2)]
         for routine, product in _routines(bench.device, dtype).items():
             rate = 0.0  # of the product before
             for m, n, k in shapes:
@@ -293,9 +332,9 @@ def _products(bench: _Bench, dtypes: Sequence[str]) -> tuple[Product, ...]:
                 if buffer[0].numel() < (needed := max(m * k, n * k)):
                     size = max(needed, 2 * buffer[0].numel())  # the tasks before keep the smaller ones
                     buffer = [_random(size, dtype, bench.device) for _ in range(2)]
-                x, weight = buffer[0][: m * k].view(m, k), buffer[1][: n * k].view(n, k)
+                x, weight = bench.cold.pieces(buffer[0], m, k), bench.cold.pieces(buffer[1], n, k)
                 task = _Task(
-                    lambda x=x, weight=weight, product=product: product(x, weight),  # type: ignore[misc]
+                    lambda x=x, weight=weight, product=product: bench.cold.keep(product(next(x), next(weight))),  # type: ignore[misc]
                     {"m": m, "n": n, "k": k, "dtype": dtype, "routine": routine},
                     precision="high" if dtype == "tf32" else "highest",
                 )
@@ -303,6 +342,7 @@ def _products(bench: _Bench, dtypes: Sequence[str]) -> tuple[Product, ...]:
                 tasks.append(task)
     with torch.no_grad():
         bench.rounds(tasks, "matrix products")
+    bench.cold.clear()
     return _results(Product, tasks)
 
 
@@ -355,19 +395,22 @@ def _elementwise(bench: _Bench, dtypes: Sequence[str]) -> tuple[Elementwise, ...
     }
     tasks = []
     for dtype in dtypes:
+        most = max(bench.plan.cold, *bench.plan.tensor_bytes, _ROW * BYTES[dtype]) // BYTES[dtype]
+        buffers = [_random(most, dtype, bench.device) for _ in range(2)]
         for size in bench.plan.tensor_bytes:
             rows = max(size // BYTES[dtype] // _ROW, 1)
-            x, y = (_random(rows * _ROW, dtype, bench.device).view(rows, _ROW) for _ in range(2))
             actual = rows * _ROW * BYTES[dtype]
             for operation, (tensors, function) in operations.items():
+                x, y = (bench.cold.pieces(buffer, rows, _ROW) for buffer in buffers)
                 task = _Task(
-                    lambda x=x, y=y, function=function: function(x, y),  # type: ignore[misc]
+                    lambda x=x, y=y, function=function: bench.cold.keep(function(next(x), next(y))),  # type: ignore[misc]
                     {"operation": operation, "dtype": dtype, "tensor_bytes": actual, "moved": tensors * actual},
                 )
                 bench.warm_up(task)
                 tasks.append(task)
     with torch.no_grad():
         bench.rounds(tasks, "elementwise")
+    bench.cold.clear()
     return _results(Elementwise, tasks)
 
 

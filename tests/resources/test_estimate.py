@@ -175,6 +175,22 @@ def test_compiled_blocks_keep_less() -> None:
     assert fused.bytes_per_sequence < eager.bytes_per_sequence and fused.params == eager.params
 
 
+def test_auto_is_what_a_run_would_begin_with() -> None:
+    auto = recipe(train={"micro_batch": "auto", "batch_size": 12})
+    peaks = {
+        rows: estimate(
+            recipe(train={"micro_batch": rows, "batch_size": 12}), precision="fp32", savings=False
+        ).memory.peak
+        for rows in (3, 4)
+    }
+    for rows, limit in ((4, peaks[4] / 0.9 + 1), (3, peaks[4] / 0.9 - 1)):
+        found = estimate(auto, precision="fp32", memory_bytes=limit, savings=False)
+        assert (found.micro_batch, found.accumulation) == (rows, 12 // rows) and found.memory.peak == peaks[rows]
+    assert estimate(auto, precision="fp32", savings=False).micro_batch == 12, (
+        "of a device without known memory: the batch"
+    )
+
+
 def test_time_and_money_follow_from_a_device() -> None:
     given, h100 = recipe(), Datasheet(find("h100"))
     found = estimate(given, precision="bf16", machine=h100, price_per_hour=3.6, savings=False)
