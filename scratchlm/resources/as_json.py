@@ -15,7 +15,7 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
 
     ::
 
-        name, precision, micro_batch, accumulation, length, steps, tokens    what is trained
+        name, precision, compiled, micro_batch, accumulation, length, steps, tokens      what is trained
         params, active_params, embedding_params                              numbers
         flops_per_token      forward, backward (traced), model (the formula: 3 × the products of a forward pass), six_n
         components           [path, copies, params, active, weights, gradients, state, forward, backward, kept]: numbers, bytes
@@ -39,6 +39,7 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
     return {
         "name": e.name,
         "precision": e.precision,
+        "compiled": e.compiled,
         "micro_batch": e.micro_batch,
         "accumulation": e.accumulation,
         "length": e.length,

@@ -35,7 +35,7 @@ from scratchlm.model.shape import count
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import Optimizers, build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.resources.places import Places
-from scratchlm.train.loss import NextTokenLoss
+from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.precision import Precision, autocast
 
 PHASES = ("forward", "backward", "clipping", "optimizer")
@@ -260,8 +260,7 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         optimizers = build_optimizers(model, recipe.optim)
         batch = _random_batch(config.vocab_size, sequences, length, recipe)
         places = _Places(model, OUTSIDE)
-        options = {"z_loss": recipe.train.z_loss, "mtp_weight": recipe.train.mtp_weight}
-        loss = _WatchedLoss(model, recipe.train.loss_kernel, places=places, **options)
+        loss = _WatchedLoss(model, places=places, **loss_options(recipe.train))
         try:
             with _Watcher(places) as watcher:
                 nats = _step(loss, batch, optimizers, recipe, precision, watcher)

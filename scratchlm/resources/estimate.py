@@ -112,6 +112,7 @@ class Estimate:
 
     name: str
     precision: str
+    compiled: bool
     micro_batch: int
     accumulation: int
     length: int
@@ -246,6 +247,7 @@ def estimate(
     found = Estimate(
         name=recipe.name,
         precision=precision,
+        compiled=compiled,
         micro_batch=rows,
         accumulation=parts,
         length=length,

@@ -106,10 +106,8 @@ def summary(estimate: Estimate, target: Target) -> list[tuple[str, str]]:
 def _step(e: Estimate) -> str:
     parts = f"{e.accumulation} × " if e.accumulation > 1 else ""
     tokens = e.accumulation * e.micro_batch * e.length
-    compiled = "" if e.time is None else ", compiled" if e.time.compiled else ", eager"
-    return (
-        f"{parts}{e.micro_batch:,} sequences × {e.length:,} tokens = {tokens:,} tokens, in {e.precision}{compiled}"
-    )
+    how = "compiled" if e.compiled else "eager"
+    return f"{parts}{e.micro_batch:,} sequences × {e.length:,} tokens = {tokens:,} tokens, in {e.precision}, {how}"
 
 
 def _fits(e: Estimate, target: Target) -> str:
@@ -384,12 +382,15 @@ def show(estimate: Estimate, target: Target) -> None:
 def remarks(estimate: Estimate, target: Target) -> list[str]:
     """What the figures rest on, a sentence each."""
     from scratchlm.resources.estimate import HEAD
+    from scratchlm.train.fitting import COMPILER
 
     point = ridge(target, estimate.precision)
     found = [] if estimate.time is None else [f"assumed: {line}" for line in estimate.time.assumptions]
     head = next((part for part in estimate.components if part.path == HEAD), None)
     if head is not None and head.forward and not head.backward:
         found.append("the chunked loss makes its gradients in the forward pass: their FLOPs stand there")
+    if estimate.compiled and target.device is not None and target.device.kind == "cpu":
+        found.append(f"the compiler itself takes up to {si(COMPILER, 'B')} of main memory besides, while it works")
     if point is not None and target.device is not None:
         found.append(
             f"{target.device.title} needs {point:,.0f} FLOP per byte in {estimate.precision} before products, not memory, "

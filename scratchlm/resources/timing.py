@@ -187,6 +187,10 @@ class Measured:
         if operation.flops:
             return self._bounded(operation.flops / self.measurement.ceiling(dtype) + call, operation)
         moved = operation.read + operation.written
+        if (
+            not operation.dtype.is_floating_point
+        ):  # a comparison takes as long as an addition of as many numbers, however few bytes it writes
+            moved = max(moved, 3 * 4 * operation.written // operation.dtype.itemsize)
         passing = moved / self._rate(_kind(operation.name), dtype, max(operation.read, operation.written))
         return Cost(passing + call, "memory" if passing > call else "calls")
 

@@ -199,6 +199,28 @@ def timer(**changes: Any) -> bench._Bench:
     return bench._Bench(CPU, Plan(**values), show=False)
 
 
+def test_operands_come_back_when_all_others_were_used() -> None:
+    cold = bench._Cold(4 * 30)  # room for thirty numbers
+    buffer = torch.arange(100.0)
+    pieces = cold.pieces(buffer, 2, 5)
+    given = [next(pieces) for _ in range(7)]
+    assert [piece[0, 0].item() for piece in given] == [0, 10, 20, 0, 10, 20, 0] and given[0].shape == (2, 5)
+    large = cold.pieces(buffer, 60)
+    assert next(large).numel() == 60 and next(large)[0] == 0, "more than the caches: always the same"
+
+
+def test_results_are_kept_until_as_many_bytes_followed() -> None:
+    cold = bench._Cold(100)
+    for number in range(10):
+        cold.keep(torch.full((10,), float(number)))  # 40 bytes
+    assert [kept[0].item() for kept in cold._results] == [8, 9]
+    cold.keep(torch.zeros(50))
+    assert not cold._results, "what is larger than all caches need not be kept"
+    cold.keep(torch.zeros(5))
+    cold.clear()
+    assert not cold._results and cold._held == 0
+
+
 def test_rounds_are_interleaved(clock: Clock) -> None:
     tasks = [clock.task("a", 1.0), clock.task("b", 2.0)]
     timer(rounds=3, seconds=100).rounds(tasks, "test")

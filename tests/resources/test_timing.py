@@ -150,6 +150,8 @@ def test_a_measured_machine_by_hand() -> None:
     assert seconds("silu", moved=2 * 10**6) == pytest.approx(4e-4 + 1e-6)
     assert seconds("_softmax", moved=2 * 10**6) == pytest.approx(1e-3 + 1e-6)
     assert seconds("native_layer_norm", moved=2 * 10**6) == pytest.approx(2e-3 + 1e-6)
+    compared = machine.of(operation("eq", moved=2 * 10**6, dtype=torch.bool)).seconds
+    assert compared == pytest.approx(1.2e-3 + 1e-6), "a million comparisons, as a million additions"
     work = 4 * 8 * 256**2 * 64
     shapes = ((1, 8, 256, 64),)
     flash = "_scaled_dot_product_flash_attention_for_cpu"
