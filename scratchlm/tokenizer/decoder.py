@@ -6,14 +6,19 @@
 A few ids are looked up in the vocabulary and joined. Many go through compiled loops: the lengths are summed
 and the ids checked; then each token is copied 16 bytes at a time, whatever its length (the next one overwrites
 what was too much; only tokens longer than that take a second step).
+
+    ids ──65,536 at a time──► uint32 ──► bytes, in a buffer that stays in the cache ──► str ──┐
+                                                                                  next ◄─────┴──► joined
 """
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import functools
+import mmap
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,8 +28,10 @@ from scratchlm.errors import UserError
 # Below, joining is as fast; above, the compiled loops are worth their import.
 _FEW = 1 << 9
 _FIRST = 1 << 16
-# Ids per step: they are brought to one type in a buffer that stays in the cache.
-_STEP = 1 << 14
+# Ids per step: what they become on the way to a text stays in the cache.
+_STEP = 1 << 16
+# Bytes from which huge pages are worth asking for.
+_HUGE = 4 << 20
 
 
 class Decoder:
@@ -42,23 +49,32 @@ class Decoder:
 
     def decode(self, ids: Iterable[int]) -> str:
         listed = self._listed(ids)
-        known = self._array(listed)
-        if known is None:
+        if self._are_few(listed):
             return self._join(listed).decode("utf-8", errors="replace")
-        buffer = np.empty(self._size(known) + 16, np.uint8)
-        size = self._copy(known, buffer)
-        return str(buffer[:size].data, "utf-8", "replace")
+        decode = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        ).decode  # keeps a character that the end of a step cuts
+        buffer = np.empty(0, np.uint8)
+        parts = []
+        for step, size in self._steps(listed):
+            if size > len(buffer):
+                buffer = np.empty(size + size // 4, np.uint8)
+            self._copy(step, buffer, 0)
+            parts.append(decode(buffer[:size].data))
+        return "".join((*parts, decode(b"", True)))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         listed = self._listed(ids)
-        known = self._array(listed)
-        if known is None:
+        if self._are_few(listed):
             return self._join(listed)
-        size = self._size(known)
+        steps = list(self._steps(listed))
+        size = sum(size for _, size in steps)
         # A bytes object is made without content and filled before anyone else sees it: one copy less.
         raw = _new_bytes(None, size)
-        buffer = np.frombuffer(memoryview((ctypes.c_char * size).from_address(_address(raw))).cast("B"), np.uint8)
-        self._copy(known, buffer)
+        buffer = _memory(_address(raw), size)
+        at = 0
+        for step, _ in steps:
+            at = self._copy(step, buffer, at)
         return raw
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
@@ -80,17 +96,10 @@ class Decoder:
             raise UserError(f"cannot decode {ids!r}: give a list of ids, or an array or tensor of one dimension")
         return listed if isinstance(listed, list) else list(listed)
 
-    def _array(self, ids: list[int] | np.ndarray) -> np.ndarray | None:
-        """`ids` for the compiled loops; None if they are few, or not all of them integers: they are joined."""
+    def _are_few(self, ids: list[int] | np.ndarray) -> bool:
+        """Whether `ids` are better joined than given to compiled loops."""
         self._compiled = self._compiled or len(ids) > _FIRST
-        if len(ids) <= _FEW or not self._compiled:
-            return None
-        if isinstance(ids, np.ndarray):
-            return ids
-        try:
-            return np.frombuffer(array("I", ids), np.uintc)  # half the time of np.array
-        except (TypeError, OverflowError):
-            return None
+        return len(ids) <= _FEW or not self._compiled
 
     def _join(self, ids: list[int] | np.ndarray) -> bytes:
         listed = ids if isinstance(ids, list) else ids.tolist()
@@ -123,41 +132,71 @@ class Decoder:
         packed[ids] = (starts[ids] << 24) | lengths[ids]
         return np.frombuffer(pool, np.uint8), packed
 
-    def _size(self, ids: np.ndarray) -> int:
-        """Bytes in all.
+    def _steps(self, ids: list[int] | np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """`_STEP` ids as uint32, the one type that loops are compiled for, and the size of their bytes.
 
         Raises:
             UserError: an id is not in the vocabulary.
         """
-        from scratchlm.tokenizer.compiling import compiling
-        from scratchlm.tokenizer.token_copy import total_length
-
-        total = 0
-        with compiling("the decoder"):
-            for begin in range(0, len(ids), _STEP):
-                step = self._step(ids, begin)
-                size = total_length(step, self._tables[1])
-                if size < 0:
-                    place = begin - 1 - size
-                    raise UserError(self._unknown_id(ids[place].item(), place))
-                total += size
-        return total
-
-    def _copy(self, ids: np.ndarray, buffer: np.ndarray) -> int:
-        from scratchlm.tokenizer.token_copy import copy_tokens
-
-        at = 0
+        total_length, _ = _loops()
         for begin in range(0, len(ids), _STEP):
-            at = copy_tokens(self._step(ids, begin), *self._tables, buffer, at)
-        return at
+            step = ids[begin : begin + _STEP]
+            if isinstance(step, list):
+                try:
+                    step = np.frombuffer(array("I", step), np.uintc)  # half the time of np.array
+                except (TypeError, OverflowError):
+                    self._join(ids)  # it names the one that is wrong
+                    step = np.array(step)  # they only behave like integers
+            if step.dtype.kind == "i":
+                step = step.astype(np.int64).view(np.uint64)  # what is negative becomes large
+            if step.itemsize > 4:
+                step = np.minimum(step, np.uint64(0xFFFFFFFF))  # what is too large stays so: no token has this id
+            step = np.ascontiguousarray(step, np.uint32).view()
+            step.flags.writeable = False  # to Numba, arrays that may be written to are another type: one is enough
+            size = int(total_length(step, self._tables[1]))
+            if size < 0:
+                place = begin - 1 - size
+                raise UserError(self._unknown_id(np.asarray(ids[place]).item(), place))
+            yield step, size
 
-    def _step(self, ids: np.ndarray, begin: int) -> np.ndarray:
-        step = ids[begin : begin + _STEP]
-        if step.dtype == np.uint64:  # what would be negative is out of range anyway
-            step = np.minimum(step, np.uint64(1 << 62))
-        step = step.astype(np.int64, copy=False).view()
-        step.flags.writeable = False  # to Numba, arrays that may be written to are another type: one is enough
-        return step
+    def _copy(self, step: np.ndarray, buffer: np.ndarray, at: int) -> int:
+        return int(_loops()[1](step, *self._tables, buffer, at))
+
+
+@functools.cache
+def _loops() -> tuple[Callable[..., int], Callable[..., int]]:
+    """The compiled loops (`token_copy`), ready to run."""
+    from scratchlm.tokenizer.compiling import compiling
+
+    with compiling("the decoder"):
+        from scratchlm.tokenizer.token_copy import copy_tokens, total_length
+
+        ids, pool = np.zeros(0, np.uint32), np.frombuffer(b"", np.uint8)
+        ids.flags.writeable = False
+        total_length(ids, np.zeros(0, np.int64))
+        copy_tokens(ids, pool, np.zeros(0, np.int64), np.zeros(0, np.uint8), 0)
+    return total_length, copy_tokens
+
+
+def _memory(address: int, size: int) -> np.ndarray:
+    """The `size` bytes at `address`, to be written to. Fresh memory comes in huge pages where the system has them."""
+    if size >= _HUGE and (advise := _advise()) is not None:
+        page = mmap.PAGESIZE
+        advise(-(-address // page) * page, size - page, mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), np.uint8)
+
+
+@functools.cache
+def _advise() -> Any:
+    """`madvise` of the C library; None where there is none, or where it knows no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize

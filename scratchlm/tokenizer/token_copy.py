@@ -11,7 +11,7 @@ def total_length(ids, packed):
     total = 0
     for position in range(len(ids)):
         index = ids[position]
-        if index < 0 or index >= len(packed) or packed[index] < 0:
+        if index >= len(packed) or packed[index] < 0:
             return -1 - position
         total += packed[index] & 0xFFFFFF
     return total
