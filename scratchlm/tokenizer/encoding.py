@@ -235,15 +235,18 @@ class TextEncoder:
         if threads is not None and threads < 1:
             raise UserError(f"threads = {threads}: at least one must do the work")
         specials, forbidden = self.special_choice(allowed, disallowed)
-        checked = [_checked(text) for text in texts]
-        for text in checked:
-            _refuse(forbidden, text)
+        checked = list(texts)
+        if set(map(type, checked)) != {bytes}:  # which need no check
+            checked = [_checked(text) for text in checked]
+        if forbidden:
+            for text in checked:
+                _refuse(forbidden, text)
         total = sum(map(len, checked))
         if self._normalizer is not None or not self._worth_compiling(total):
             return [self._encode(text, specials) for text in checked]
         threads = max(1, min(threads or cores(), total // _WORTH_THREAD))
-        raw = [_utf8(text) for text in checked]
-        return self._fast.encode_many(raw, lambda data: specials.search.regions(data, 0, len(data)), threads)
+        raw = [text if type(text) is bytes else _utf8(text) for text in checked]
+        return self._fast.encode_many(raw, specials.search, threads)
 
     def encode_documents(
         self, data: bytes, sizes: np.ndarray, separator_id: int, coming: int

@@ -23,16 +23,17 @@ from typing import Any
 import numpy as np
 import regex
 
+from scratchlm.tokenizer.buffers import HUGE, Buffers
 from scratchlm.tokenizer.merge_table import MergeTable, merge_table
 from scratchlm.tokenizer.patterns import Pattern
-from scratchlm.tokenizer.regions import Region
+from scratchlm.tokenizer.regions import Region, SpecialSearch
 from scratchlm.tokenizer.scanner import Scan, scanner_for
 from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
 
 # Spans per chunk: 128 kB of them, and about 32 kB of text.
-CHUNK = 1 << 13
+CHUNK = 1 << 14
 # Bytes of text that a thread takes at a time.
-PIECE = 1 << 20
+PIECE = 1 << 19
 # A piece ends at the first possible cut behind `PIECE`, looked for in windows of this many bytes.
 _WINDOW = 1 << 14
 
@@ -67,6 +68,7 @@ class FastEncoder:
         self._dtype = dtype
         self._cache_bytes = cache_bytes
         self._free: list[_Worker] = []  # workers that wait for something to do
+        self._buffers = Buffers()
 
     # ---------------------------------------------------------------- one text
 
@@ -75,9 +77,9 @@ class FastEncoder:
         size = sum(end - begin for begin, end, _ in regions)
         jobs = self._pieces(data, regions, PIECE) if threads > 1 and size > PIECE else [regions]
         array, tail = _with_tail(data)
-        result = _Ids(self._dtype, size)
+        result = _Ids(self._dtype, size, self._buffers)
         if len(jobs) < 2:
-            worker = self._worker(size)
+            worker = self._worker()
             worker.encode(array, tail, np.array(regions, np.int64), result)
             self._free.append(worker)
             return result.finished()
@@ -88,13 +90,13 @@ class FastEncoder:
             worker.encode(array, tail, np.array(rows, np.int64), ids)
             worker.ids = joined.add(number, ids)
 
-        self._in_threads(work, jobs, threads, size)
+        self._in_threads(work, jobs, threads)
         return result.finished()
 
     def count(self, data: bytes | memoryview, regions: list[Region]) -> int:
         """How many ids :meth:`encode` would give; they are not kept."""
         array, tail = _with_tail(data)
-        worker = self._worker(len(array))
+        worker = self._worker()
         total = worker.encode(array, tail, np.array(regions, np.int64), _Ids(self._dtype, 0), keep=False)
         self._free.append(worker)
         return total
@@ -102,32 +104,27 @@ class FastEncoder:
     # ---------------------------------------------------------------- many texts
 
     def encode_many(
-        self,
-        texts: Sequence[bytes | memoryview],
-        regions_of: Callable[[bytes | memoryview], list[Region]],
-        threads: int = 1,
+        self, texts: Sequence[bytes | memoryview], search: SpecialSearch, threads: int = 1
     ) -> list[np.ndarray]:
-        """Ids of each text. Short texts are encoded many at a time, long ones in pieces."""
-        jobs = list(_batches(texts))
+        """Ids of each text. Short texts are encoded many at a time, as if they were one with boundaries in it."""
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        jobs = _batches(lengths)
         parts: list[list[np.ndarray]] = [[] for _ in jobs]
+        much = lengths.sum() >= HUGE
 
         def work(worker: _Worker, number: int, job: tuple[int, int]) -> None:
-            first, end = job
-            rows: list[Region] = []
-            ends, offset = [], 0
-            for text in texts[first:end]:
-                rows += [(offset + begin, offset + stop, special) for begin, stop, special in regions_of(text)]
-                ends.append(len(rows) - 1)
-                offset += len(text)
-            array, tail = _with_tail(texts[first] if end == first + 1 else b"".join(texts[first:end]))
+            data, rows, last = worker.joined(texts[slice(*job)], lengths[slice(*job)], search)
             marks = np.empty(len(rows), np.int64)
-            result = _Ids(self._dtype, len(array))
-            worker.encode(array, tail, np.array(rows, np.int64), result, marks)
-            ids = result.finished()
-            starts = [0, *marks[ends].tolist()]
-            parts[number] = [ids[start:stop] for start, stop in pairwise(starts)]
+            ids = (
+                worker.ids if much and worker.ids else _Ids(self._dtype, HUGE if much else len(data), self._buffers)
+            )
+            ids.make_room(len(data))
+            before = ids.n
+            worker.encode(*_with_tail(data), rows, ids, marks)
+            parts[number] = [ids.array[start:stop] for start, stop in pairwise([before, *marks[last].tolist()])]
+            worker.ids = ids
 
-        self._in_threads(work, jobs, threads, sum(map(len, texts)))
+        self._in_threads(work, jobs, threads)
         return [array for part in parts for array in part]
 
     def encode_rows(
@@ -140,16 +137,14 @@ class FastEncoder:
         array, tail = _with_tail(data)
         marks = np.empty(len(regions), np.int64)
         result = _Ids(self._dtype, len(array))
-        worker = self._worker(max(len(array), coming))
+        worker = self._worker()
         worker.encode(array, tail, regions, result, marks)
         self._free.append(worker)
         return result.finished(), marks
 
     # ---------------------------------------------------------------- threads
 
-    def _in_threads(
-        self, work: Callable[[_Worker, int, Any], None], jobs: list[Any], threads: int, size: int
-    ) -> None:
+    def _in_threads(self, work: Callable[[_Worker, int, Any], None], jobs: list[Any], threads: int) -> None:
         """Call ``work(worker, number, job)`` for all jobs; the first exception ends it."""
         threads = min(threads, len(jobs))
         numbered = iter(enumerate(jobs))
@@ -157,7 +152,7 @@ class FastEncoder:
         failed = threading.Event()
 
         def loop() -> None:
-            worker = self._worker(size // max(threads, 1))
+            worker = self._worker()
             try:
                 while not failed.is_set():
                     with taking:
@@ -168,6 +163,7 @@ class FastEncoder:
             except BaseException:
                 failed.set()
                 raise
+            worker.ids = None
             self._free.append(worker)
 
         if threads < 2:
@@ -177,8 +173,8 @@ class FastEncoder:
             for done in [pool.submit(loop) for _ in range(threads)]:
                 done.result()
 
-    def _worker(self, size: int) -> _Worker:
-        """One that is free, with a table that suits `size` more bytes of text; a new one otherwise."""
+    def _worker(self) -> _Worker:
+        """One that is free, or a new one."""
         try:
             return self._free.pop()
         except IndexError:
@@ -224,8 +220,33 @@ class _Worker:
         self._pattern = pattern
         self._scanner = scanner
         self._spans = np.empty((CHUNK, 2), np.int64)
+        self._joined = np.empty(2 * PIECE, np.uint8)
         self.table = WordTable(merges, whole, cache_bytes)
         self.ids: _Ids | None = None
+
+    def joined(
+        self, texts: Sequence[bytes | memoryview], lengths: np.ndarray, search: SpecialSearch
+    ) -> tuple[bytes | memoryview, np.ndarray, np.ndarray]:
+        """(all texts one behind the other, their regions, the last region of each). They count until the next call."""
+        ends = np.cumsum(lengths)
+        data = texts[0]
+        if len(texts) > 1:
+            room = self._joined if ends[-1] <= len(self._joined) else np.empty(ends[-1], np.uint8)
+            data = room[: ends[-1]].data
+            for text, end in zip(texts, ends.tolist(), strict=True):
+                data[end - len(text) : end] = text
+        if not search.occurs(data):  # nor across the boundary of two texts
+            rows = np.stack([ends - lengths, ends, np.full(len(ends), -1)], axis=1)
+            return data, rows, np.arange(len(ends))
+        found = [
+            search.regions(data, end - length, end)
+            for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
+        ]
+        return (
+            data,
+            np.array([row for rows in found for row in rows], np.int64),
+            np.cumsum([len(rows) for rows in found]) - 1,
+        )
 
     def encode(
         self,
@@ -292,16 +313,33 @@ def _matches(pattern: Pattern, data: np.ndarray, regions: np.ndarray) -> Spans:
 
 
 class _Ids:
-    """Ids that are being written: an array with room behind them."""
+    """Ids that are being written: an array with room behind them.
 
-    def __init__(self, dtype: type, text: int) -> None:
-        # Room for a token per two bytes; what is not touched takes no memory. `finished` gives it back.
-        self.array: np.ndarray = np.empty(text // 2 + ROOM, dtype)
+    Args:
+        dtype: of ids.
+        text: bytes of text to come.
+        buffers: where large arrays come from; None: they are allocated.
+    """
+
+    def __init__(self, dtype: type, text: int, buffers: Buffers | None = None) -> None:
+        self._dtype = dtype
+        self._buffers = buffers
+        self.array = self._new(_expected(text))
         self.n = 0
+
+    def _new(self, size: int) -> np.ndarray:
+        if self._buffers is not None and size * np.dtype(self._dtype).itemsize >= HUGE:
+            return self._buffers.take(size, self._dtype)
+        return np.empty(size, self._dtype)
+
+    def make_room(self, text: int) -> None:
+        """Begin a new array if this one has not the room that so much text usually takes."""
+        if self.n + _expected(text) > len(self.array):
+            self.array, self.n = self._new(max(_expected(text), len(self.array))), 0
 
     def reserve(self, more: int) -> None:
         if self.n + more > len(self.array):
-            longer = np.empty(max(self.n + more, len(self.array) * 2), self.array.dtype)
+            longer = self._new(max(self.n + more, len(self.array) * 2))
             longer[: self.n] = self.array[: self.n]
             self.array = longer
 
@@ -313,8 +351,15 @@ class _Ids:
     def finished(self) -> np.ndarray:
         array = self.array
         self.array = np.empty(0, array.dtype)
+        if array.base is not None:  # what was not touched takes no memory
+            return array[: self.n]
         array.resize(self.n, refcheck=False)
         return array
+
+
+def _expected(text: int) -> int:
+    """Ids for which there should be room: a token per two bytes is rarely too little."""
+    return text // 2 + ROOM
 
 
 class _InOrder:
@@ -349,13 +394,8 @@ def _with_tail(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray]:
     return array, tail
 
 
-def _batches(texts: Sequence[bytes | memoryview]) -> Iterator[tuple[int, int]]:
-    """(first, end) of texts that together make a piece."""
-    first = size = 0
-    for index, text in enumerate(texts):
-        size += len(text)
-        if size >= PIECE:
-            yield first, index + 1
-            first, size = index + 1, 0
-    if first < len(texts):
-        yield first, len(texts)
+def _batches(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """(first, end) of texts that together are not much longer than a piece."""
+    number = (np.cumsum(lengths) - lengths) // PIECE  # the piece that a text begins in
+    bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
+    return list(pairwise(bounds)) if len(lengths) else []

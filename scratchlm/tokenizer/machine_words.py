@@ -138,6 +138,23 @@ def least16(typing, array, offset):
 
 
 @built_in
+def places_of(typing, array, offset, byte):
+    """Which of the 64 bytes at byte `offset` of `array` are `byte`: bit i of a uint64 tells of the i-th."""
+
+    def build(context, builder, signature, arguments):
+        vector = ir.VectorType(_BYTE, 64)
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        block = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.trunc(arguments[2], _BYTE), _INT(0))
+        every = builder.shuffle_vector(
+            one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_INT, 64), [0] * 64)
+        )
+        return builder.bitcast(builder.icmp_unsigned("==", block, every), _LONG)
+
+    return types.uint64(array, types.int64, types.int64), build
+
+
+@built_in
 def lowest_bit(typing, value):
     """Place of the lowest 1 of a uint64 that is not 0."""
 

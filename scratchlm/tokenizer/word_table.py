@@ -28,13 +28,13 @@ One table belongs to one thread at a time.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from scratchlm.errors import UserError
+from scratchlm.tokenizer.buffers import private_pages
 from scratchlm.tokenizer.machine_words import U, fold, inner, load64, lowest_bit, outer, prefetch, stamp, store64
 from scratchlm.tokenizer.merge_table import SHORT, MergeTable, empty_lists, merge_long, merge_short, scratch_size
 from scratchlm.tokenizer.on_demand import address_of, call
@@ -68,14 +68,6 @@ _NO_MARKS = np.zeros(0, np.int64)
 # Working memory of `encode_spans`, in bytes: for each word of a batch the two halves of its key and its home row; then which
 # of the words are long.
 _LOWS, _HIGHS, _HOMES, _LONGS, _WORK = (8 * _BATCH * part for part in range(5))
-
-
-def private_pages(size: int) -> np.ndarray:
-    """`size` zero bytes that take memory only where they are touched, in huge pages where the system has them."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 22:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
 
 
 @inner
@@ -404,6 +396,10 @@ def whole_words(tokens: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
     return whole, pool
 
 
+def _zeros(size: int) -> np.ndarray:
+    return np.frombuffer(private_pages(size), np.uint8)
+
+
 class WordTable:
     """The working memory of one thread: table, ring, and what merging needs.
 
@@ -426,7 +422,7 @@ class WordTable:
         self._most_rows = max(1 << 6, 1 << (max(most // 2 // _ROW, 1).bit_length() - 1))
         self._most_ring = max(1 << 14, self._most_rows * _ROW)
         self._rows = np.zeros(0, np.uint64)
-        self._ring = private_pages(1 << 14)
+        self._ring = _zeros(1 << 14)
         self._more_rows(min(_FEWEST, self._most_rows))
         self._state[_WRAPS] = len(self._ring) == self._most_ring
 
@@ -436,13 +432,13 @@ class WordTable:
         return self._rows.nbytes + self._ring.nbytes
 
     def _more_rows(self, rows: int) -> None:
-        larger = private_pages(rows * _ROW).view(np.uint64)
+        larger = _zeros(rows * _ROW).view(np.uint64)
         self._state[_FILLED] = copy_rows(self._rows, larger) if len(self._rows) else 0
         self._rows = larger
         self._state[_LIMIT] = rows // 2 if rows < self._most_rows else rows + 1
 
     def _more_ring(self) -> None:
-        larger = private_pages(2 * len(self._ring))
+        larger = _zeros(2 * len(self._ring))
         larger[: len(self._ring)] = self._ring
         self._ring = larger
         self._state[_WRAPS] = len(larger) == self._most_ring
@@ -473,7 +469,7 @@ class WordTable:
                 self._heads, self._bits, self._scratch, self._work, self._tokens, self._keys, *self._whole, ids, self._marks, state,
                 merge_long.address(),
             )  # fmt: skip
-            wanted, amount = state[[_WANTED, _AMOUNT]].tolist()
+            wanted, amount = int(state[_WANTED]), int(state[_AMOUNT])
             if wanted in (_NOTHING, _ROOM):
                 return first, int(state[_IDS]), amount + ROOM
             if wanted == _MORE_ROWS:

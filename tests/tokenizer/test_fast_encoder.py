@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scratchlm.errors import UserError
 from scratchlm.tokenizer import Tokenizer, decoder, encoding, fast_encoder, merge_table, regions
 from scratchlm.tokenizer.encoder import merge_tokens
+from scratchlm.tokenizer.pair_search import find_pairs
 
 BYTES = {byte: bytes([byte]) for byte in range(256)}
 PATTERNS = ["gpt2", r"\p{L}+|\d", r"(?s:.+)"]
@@ -151,6 +152,44 @@ def test_a_table_too_small_for_the_words_of_the_text(cache_bytes):
     assert tokenizer.encode_array(text).tolist() == plain(tokenizer, text)
     [worker] = tokenizer._encoder._fast._free
     assert 0 < worker.table.bytes <= max(cache_bytes, 1 << 15)
+
+
+def test_a_table_that_grows_keeps_what_it_knows():
+    """A thousand rows at first, twice as many each time: the second pass over the text learns nothing."""
+    rng = random.Random(4)
+    words = ["".join(rng.choices("abcdehrt", k=rng.choice([5, 9, 15, 16, 17, 40]))) for _ in range(12_000)]
+    tokenizer = Tokenizer(oracle.trained().vocab, oracle.trained().merges, [oracle.EOT])
+    text = " ".join(rng.choices(words, k=60_000))
+    expected = plain(tokenizer, text)
+    assert tokenizer.encode_array(text).tolist() == expected
+    [worker] = tokenizer._encoder._fast._free
+    rows, ring, state = len(worker.table._rows), len(worker.table._ring), worker.table._state.copy()
+    assert worker.table.bytes > 1 << 20
+    filled = np.count_nonzero(worker.table._rows[1::4])
+    assert filled == state[6] > 0.98 * len(set(text.split(" "))), "next to none was left behind"
+    assert tokenizer.encode_array(text).tolist() == expected
+    assert (len(worker.table._rows), len(worker.table._ring)) == (rows, ring)
+    assert worker.table._state[6] <= filled * 1.02
+
+
+@given(
+    data=st.lists(st.sampled_from([b"<", b"|", b"<|", b"||", b"a", b"<|" * 40, b"a" * 63, b"<" * 64])).map(
+        b"".join
+    ),
+    ends=st.tuples(st.integers(0, 400), st.integers(0, 400)),
+    pairs=st.sampled_from([[b"<|"], [b"<|", b"|a"], [b"aa", b"<<", b"|<", b"<|"]]),
+)
+@settings(deadline=None)
+def test_pairs_of_bytes_are_found(data, ends, pairs):
+    begin, end = (min(place, len(data)) for place in sorted(ends))
+    array = np.frombuffer(data, np.uint8)
+    array.flags.writeable = False
+    found, at = np.empty(130, np.int64), begin
+    places: list[int] = []
+    while at < end:
+        count, at = find_pairs(array, at, end, np.array([list(pair) for pair in pairs], np.uint8), found)
+        places += found[:count].tolist()
+    assert places == [at for at in range(begin, end - 1) if data[at : at + 2] in pairs]
 
 
 def test_threads_share_a_tokenizer():
