@@ -9,7 +9,6 @@ per machine), so it is taken when a text, or all texts so far, are worth it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.regions import SpecialSearch
 from scratchlm.tokenizer.scanner import scanner_for
 from scratchlm.tokenizer.stream import SpecialSplitter, settle
+from scratchlm.tokenizer.utf8 import utf8
 
 if TYPE_CHECKING:
     from scratchlm.tokenizer.fast_encoder import FastEncoder
@@ -98,25 +98,31 @@ class TextEncoder:
 
     def encode_array(self, text: Text, allowed: Allowed, disallowed: Allowed, threads: int = 1) -> np.ndarray:
         specials, forbidden = self.special_choice(allowed, disallowed)
-        text = _checked(text)
-        _refuse(forbidden, text)
+        text = self._ready(text, forbidden)
         return self._encode(text, specials, threads)
 
     def count_tokens(self, text: Text, allowed: Allowed, disallowed: Allowed) -> int:
         specials, forbidden = self.special_choice(allowed, disallowed)
-        text = _checked(text)
-        _refuse(forbidden, text)
+        text = self._ready(text, forbidden)
         if not self._worth_compiling(len(text)) or not self._normal(text):
             return len(self._encode(text, specials))
-        data = _utf8(text)
+        data = utf8(text)
         return self._fast.count(data, specials.search.regions(data, 0, len(data)))
+
+    def _ready(self, text: Text, forbidden: SpecialSplitter | None) -> Text:
+        """`text` without lone surrogates and forbidden special tokens; a long str may have become its UTF-8."""
+        if isinstance(text, str) and len(text) > _FIRST and not forbidden and self._normalizer is None:
+            return utf8(text, self._fast.buffers) if self._can_compile else _checked(text)
+        text = _checked(text)
+        _refuse(forbidden, text)
+        return text
 
     def _encode(self, text: Text, specials: _Specials, threads: int = 1) -> np.ndarray:
         if not self._normal(text):
             return self._encode_normalised(_as_str(text), specials)
         if not self._worth_compiling(len(text)):
             return self._plain(_as_str(text), specials)
-        data = _utf8(text)
+        data = utf8(text)
         return self._fast.encode(data, specials.search.regions(data, 0, len(data)), threads)
 
     def _plain(self, text: str, specials: _Specials) -> np.ndarray:
@@ -235,17 +241,17 @@ class TextEncoder:
         if threads is not None and threads < 1:
             raise UserError(f"threads = {threads}: at least one must do the work")
         specials, forbidden = self.special_choice(allowed, disallowed)
-        checked = list(texts)
-        if set(map(type, checked)) != {bytes}:  # which need no check
-            checked = [_checked(text) for text in checked]
+        given = list(texts)
+        if not set(map(type, given)) <= {bytes, str}:
+            given = [_known(text) for text in given]
         if forbidden:
-            for text in checked:
-                _refuse(forbidden, text)
-        total = sum(map(len, checked))
+            for text in given:
+                _refuse(forbidden, _checked(text))
+        total = sum(map(len, given))
         if self._normalizer is not None or not self._worth_compiling(total):
-            return [self._encode(text, specials) for text in checked]
+            return [self._encode(text, specials) for text in map(_checked, given)]
         threads = max(1, min(threads or cores(), total // _WORTH_THREAD))
-        raw = [text if type(text) is bytes else _utf8(text) for text in checked]
+        raw = [text if type(text) is bytes else utf8(text) for text in given]
         return self._fast.encode_many(raw, specials.search, threads)
 
     def encode_documents(
@@ -310,23 +316,6 @@ class _Specials:
 # ---------------------------------------------------------------- str and bytes
 
 
-def _utf8(text: Text) -> bytes | memoryview:
-    """UTF-8 of a checked text, without a copy where none is needed. It may be used as long as `text` lives."""
-    if not isinstance(text, str):
-        return text if isinstance(text, bytes) else memoryview(text).cast("B")
-    if not text.isascii():
-        return text.encode()
-    # An ASCII str is its own UTF-8. The copy that `encode` would make costs more than the scanner.
-    size = ctypes.c_ssize_t()
-    address = _as_utf8(text, ctypes.byref(size))
-    return memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
-
-
-_as_utf8 = ctypes.pythonapi.PyUnicode_AsUTF8AndSize
-_as_utf8.restype = ctypes.c_void_p
-_as_utf8.argtypes = [ctypes.py_object, ctypes.POINTER(ctypes.c_ssize_t)]
-
-
 def _as_str(text: Text) -> str:
     """Undecodable bytes become surrogates: lossless both ways."""
     return text if isinstance(text, str) else bytes(text).decode("utf-8", "surrogateescape")
@@ -335,16 +324,13 @@ def _as_str(text: Text) -> str:
 def _checked(text: Text) -> Text:
     """`text`, which is a str without lone surrogates, or bytes."""
     if isinstance(text, str):
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"the text holds a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
-                    f"remove it, or give bytes"
-                ) from error
-        return text
-    if isinstance(text, (bytes, bytearray)):
+        utf8(text)
+    return _known(text)
+
+
+def _known(text: Text) -> Text:
+    """`text`, which is a str or bytes in one piece."""
+    if isinstance(text, (str, bytes, bytearray)):
         return text
     if isinstance(text, memoryview):
         return text if text.contiguous else bytes(text)

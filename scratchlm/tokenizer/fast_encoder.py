@@ -68,7 +68,7 @@ class FastEncoder:
         self._dtype = dtype
         self._cache_bytes = cache_bytes
         self._free: list[_Worker] = []  # workers that wait for something to do
-        self._buffers = Buffers()
+        self.buffers = Buffers()
 
     # ---------------------------------------------------------------- one text
 
@@ -77,7 +77,7 @@ class FastEncoder:
         size = sum(end - begin for begin, end, _ in regions)
         jobs = self._pieces(data, regions, PIECE) if threads > 1 and size > PIECE else [regions]
         array, tail = _with_tail(data)
-        result = _Ids(self._dtype, size, self._buffers)
+        result = _Ids(self._dtype, size, self.buffers)
         if len(jobs) < 2:
             worker = self._worker()
             worker.encode(array, tail, np.array(regions, np.int64), result)
@@ -116,7 +116,7 @@ class FastEncoder:
             data, rows, last = worker.joined(texts[slice(*job)], lengths[slice(*job)], search)
             marks = np.empty(len(rows), np.int64)
             ids = (
-                worker.ids if much and worker.ids else _Ids(self._dtype, HUGE if much else len(data), self._buffers)
+                worker.ids if much and worker.ids else _Ids(self._dtype, HUGE if much else len(data), self.buffers)
             )
             ids.make_room(len(data))
             before = ids.n
@@ -323,13 +323,13 @@ class _Ids:
 
     def __init__(self, dtype: type, text: int, buffers: Buffers | None = None) -> None:
         self._dtype = dtype
-        self._buffers = buffers
+        self.buffers = buffers
         self.array = self._new(_expected(text))
         self.n = 0
 
     def _new(self, size: int) -> np.ndarray:
-        if self._buffers is not None and size * np.dtype(self._dtype).itemsize >= HUGE:
-            return self._buffers.take(size, self._dtype)
+        if self.buffers is not None and size * np.dtype(self._dtype).itemsize >= HUGE:
+            return self.buffers.take(size, self._dtype)
         return np.empty(size, self._dtype)
 
     def make_room(self, text: int) -> None:

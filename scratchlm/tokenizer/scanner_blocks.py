@@ -265,7 +265,8 @@ def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
     """Masks of first and second bytes that by themselves say "letter", in ``data[at:at + 64]``.
 
     Returns: first bytes of U+5000–9FFF, U+B000–CFFF and U+3040–30FF (Chinese, Hangul and Kana: letters without case; Kana but for
-    nine signs); of U+0400–043F and of U+0440–047F (Cyrillic); second bytes of U+0400–042F (upper case) and of U+0440–045F (lower case, as is U+0430–043F).
+    nine signs); of the letters U+0620–064A and U+0671–06D3 (Arabic, without case); of U+0400–043F and of U+0440–047F (Cyrillic); second bytes of
+    U+0400–042F (upper case) and of U+0440–045F (lower case, as is U+0430–043F).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -282,11 +283,19 @@ def common_letters(typing_context: Any, data: Any, at: Any) -> Any:
         three = builder.and_(three, builder.bitcast(equal(0xE3), _WORD))
         for first in (between(0xE5, 0xE9), between(0xEB, 0xEC)):
             three = builder.or_(three, builder.bitcast(first, _WORD))
+        arabic = builder.bitcast(equal(0xDA), _WORD)
+        for first, seconds in (
+            (0xD8, between(0xA0, 0xBF)),
+            (0xD9, builder.or_(between(0x80, 0x8A), between(0xB1, 0xBF))),
+            (0xDB, between(0x80, 0x93)),
+        ):
+            behind = builder.lshr(builder.bitcast(seconds, _WORD), ir.Constant(_WORD, 1))
+            arabic = builder.or_(arabic, builder.and_(builder.bitcast(equal(first), _WORD), behind))
         masks = [equal(0xD0), equal(0xD1), between(0x80, 0xAF), between(0x80, 0x9F)]
-        masks = [three, *(builder.bitcast(mask, _WORD) for mask in masks)]
+        masks = [three, arabic, *(builder.bitcast(mask, _WORD) for mask in masks)]
         return context.make_tuple(builder, signature.return_type, masks)
 
-    return types.UniTuple(types.int64, 5)(data, at), generate
+    return types.UniTuple(types.int64, 6)(data, at), generate
 
 
 @built_in
@@ -318,18 +327,20 @@ def wide_masks(data, at, high, continuation, whole, pages, leaves):
     """
     numbers = white = marks = 0
     leads = high & ~continuation
-    # The most frequent letters without a loop: three bytes of Chinese, Kana and Hangul, two of Cyrillic.
-    three, cyrillic, more_cyrillic, upper_half, lower_third = common_letters(data, at)
-    three &= leads & down(continuation, 1) & down(continuation, 2)
+    # The most frequent letters without a loop: three bytes of Chinese, Kana and Hangul, two of Arabic and Cyrillic.
+    three, arabic, cyrillic, more_cyrillic, upper_half, lower_third = common_letters(data, at)
+    followed = leads & down(continuation, 1)
+    three &= followed & down(continuation, 2)
     upper = cyrillic & down(upper_half, 1)
     lower = cyrillic & ~upper | more_cyrillic & down(lower_third, 1)
-    upper &= leads & down(continuation, 1)
-    lower &= leads & down(continuation, 1)
-    leads &= ~(three | upper | lower)
-    tails = (three | upper | lower) << 1 | three << 2
+    upper &= followed
+    lower &= followed
+    known = three | arabic & followed | upper | lower
+    leads &= ~known
+    tails = known << 1 | three << 2
     upper |= upper << 1
     lower |= lower << 1
-    letters = three | tails | upper | lower
+    letters = known | tails
     length = BLOCK
     while leads != 0:
         place = trailing_zeros(leads)

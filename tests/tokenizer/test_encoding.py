@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratchlm.errors import UserError
-from scratchlm.tokenizer import PATTERNS, Tokenizer, train_bpe
+from scratchlm.tokenizer import PATTERNS, Tokenizer, train_bpe, utf8
 from scratchlm.tokenizer import encoder as encoder_module
 from scratchlm.tokenizer import encoding as encoding_module
+from scratchlm.tokenizer.buffers import Buffers
 from scratchlm.tokenizer.encoder import WordCache, merge_tokens
 
 BOUNDARY_TEXTS = [
@@ -220,6 +221,20 @@ def test_lone_surrogates_are_refused(text):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="lone surrogate"):
         tokenizer.encode_batch(["fine", text])
+
+
+@pytest.mark.parametrize("end", ["", "é", "漢", "😀"])
+def test_long_str(end):
+    """Encoded to UTF-8 part by part, parts that need more room than most included."""
+    tokenizer = oracle.trained()
+    for text in ("ab c" * 30_000 + end, "漢字 é" * 20_000 + end, "a" * 90_000 + "😀" * 60_000 + end):
+        raw = text.encode()
+        assert bytes(utf8.utf8(text, Buffers())) == bytes(utf8.utf8(text)) == raw
+        expected = tokenizer.encode_array(raw)
+        assert np.array_equal(tokenizer.encode_array(text), expected)
+        assert tokenizer.count_tokens(text) == len(expected)
+        with pytest.raises(UserError, match=f"lone surrogate at character {len(text)}"):
+            tokenizer.encode_array(text + "\ud800" + text)
 
 
 @pytest.mark.parametrize("text", [None, 5, ["a"]])

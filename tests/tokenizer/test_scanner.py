@@ -81,7 +81,7 @@ def test_any_capacity_and_several_regions(texts, capacity, behind):
 def test_block_boundaries(name):
     # Every piece at every place around the end of a block, of the buffer and of a region.
     scan = scanner_for(TEXT[name])
-    for filler in ["a", "é ", "漢", " ", "1!", "A\n"]:
+    for filler in ["a", "é ", "عر", "漢", " ", "1!", "A\n"]:
         for piece in [*oracle.PIECES, *oracle.NOT_UTF8]:
             middle = piece if isinstance(piece, bytes) else piece.encode()
             texts = [
@@ -120,6 +120,8 @@ def test_letters_known_by_their_bytes():
         (0xB000, 0xCFFF, unicode_classes.LETTER),
         (0x400, 0x42F, upper),
         (0x430, 0x45F, lower),
+        (0x620, 0x64A, unicode_classes.LETTER),
+        (0x671, 0x6D3, unicode_classes.LETTER),
     ]:
         assert set(classes[first : last + 1].tolist()) == {bits}
     signs = {0x3040, *range(0x3097, 0x309D), 0x30A0, 0x30FB}
