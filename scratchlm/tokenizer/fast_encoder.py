@@ -1,6 +1,6 @@
 """Bytes → ids at full speed: special tokens, scanner and word table, chunk by chunk, on one thread or several.
 
-    data ──regions──► [begin, end, special] ──scanner──► spans (a chunk of 8,192) ──word table──► ids ──► result
+    data ──regions──► [begin, end, special] ──scanner──► spans (a chunk of 16,384) ──word table──► ids ──► result
                                               ▲                                     │
                                               └──────────── next chunk ─────────────┘
 
@@ -30,7 +30,7 @@ from scratchlm.tokenizer.regions import Region, SpecialSearch
 from scratchlm.tokenizer.scanner import Scan, scanner_for
 from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
 
-# Spans per chunk: 128 kB of them, and about 32 kB of text.
+# Spans per chunk: 256 kB of them, and about 64 kB of text.
 CHUNK = 1 << 14
 # Bytes of text that a thread takes at a time.
 PIECE = 1 << 19
