@@ -109,7 +109,7 @@ def prepare(
         aside = journal.new and isinstance(corpus, FileCorpus) and (corpus.total_bytes() or 0) >= LARGE
         journal.key = _started(lambda: journal.begin(name(show_progress and not aside), width), aside)
         workers = _workers(config, corpus)
-        encoder = Encoder(tokenizer, separator_id, dtype, coming=(corpus.total_bytes() or 0) // workers)
+        encoder = Encoder(tokenizer, separator_id, dtype)
         done = sum(shards[-1].bytes for shards in journal.shards.values() if shards)
         with progress(
             description="tokenise", total=corpus.total_bytes(), bytes_=True, initial=done, show=show_progress

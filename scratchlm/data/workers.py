@@ -42,15 +42,14 @@ class Encoded:
 class Encoder:
     """Documents to ids. Text that looks like a special token is ordinary text: a corpus cannot forge a separator."""
 
-    def __init__(self, tokenizer: Tokenizer, separator_id: int, dtype: str, coming: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, separator_id: int, dtype: str) -> None:
         self.tokenizer = tokenizer
         self.separator_id = separator_id
         self.dtype = dtype
-        self.coming = coming  # bytes of text for each worker, about; 0: not known
 
     def __call__(self, documents: list[bytes]) -> Encoded:
         sizes = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        ids, counts = self.tokenizer.encode_documents(b"".join(documents), sizes, self.separator_id, self.coming)
+        ids, counts = self.tokenizer.encode_documents(b"".join(documents), sizes, self.separator_id)
         return Encoded(ids.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False), counts, sizes)
 
 
@@ -71,7 +70,7 @@ def encode_all(encoder: Encoder, chunks: Iterable[list[bytes]], workers: int) ->
         return
     with Workers(
         Encoder,
-        (encoder.tokenizer, encoder.separator_id, encoder.dtype, encoder.coming),
+        (encoder.tokenizer, encoder.separator_id, encoder.dtype),
         workers,
         advice="run again to go on from the last finished shard, with a smaller data.workers if it happens again",
     ) as pool:

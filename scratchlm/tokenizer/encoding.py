@@ -254,13 +254,11 @@ class TextEncoder:
         raw = [text if type(text) is bytes else utf8(text) for text in given]
         return self._fast.encode_many(raw, specials.search, threads)
 
-    def encode_documents(
-        self, data: bytes, sizes: np.ndarray, separator_id: int, coming: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_documents(self, data: bytes, sizes: np.ndarray, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum(sizes)
         if self.releases_lock and len(sizes):
             regions = np.stack([ends - sizes, ends, np.full(len(ends), separator_id)], axis=1).astype(np.int64)
-            ids, marks = self._fast.encode_rows(data, regions, coming)
+            ids, marks = self._fast.encode_rows(data, regions)
             return ids, np.diff(marks, prepend=0)
         texts = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
         separator = np.array([separator_id], self._dtype)

@@ -127,12 +127,10 @@ class FastEncoder:
         self._in_threads(work, jobs, threads)
         return [array for part in parts for array in part]
 
-    def encode_rows(
-        self, data: bytes | memoryview, regions: np.ndarray, coming: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_rows(self, data: bytes | memoryview, regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the texts in `regions`, int64 (n, 3), of `data`, and how many there are up to the end of each, int64 (n,).
 
-        Safe to call from several threads at a time. `coming`: bytes of text that this thread will be given in all.
+        Safe to call from several threads at a time.
         """
         array, tail = _with_tail(data)
         marks = np.empty(len(regions), np.int64)

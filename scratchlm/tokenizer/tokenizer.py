@@ -319,9 +319,7 @@ class Tokenizer:
 
     # ---------------------------------------------------------------- decoding
 
-    def encode_documents(
-        self, data: bytes, sizes: np.ndarray, separator_id: int, coming: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_documents(self, data: bytes, sizes: np.ndarray, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of documents that lie one behind the other in `data`, each followed by the separator: what token shards hold.
 
         Text that spells a special token is ordinary text here: a document cannot forge a separator.
@@ -330,13 +328,11 @@ class Tokenizer:
             data: the UTF-8 of all documents, joined.
             sizes: bytes of each document, int64, shape (documents,).
             separator_id: the id behind each of them.
-            coming: bytes of text that will be given in this and later calls together, where known: room for known words
-                is made for so much at once.
 
         Returns:
             all ids in one array, and the number of each document's ids with its separator, int64, shape (documents,).
         """
-        return self._encoder.encode_documents(data, sizes, separator_id, coming)
+        return self._encoder.encode_documents(data, sizes, separator_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD.

@@ -17,7 +17,7 @@ class ByteTokenizer:
     def encode_array(self, data, allowed_special=()):
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
-    def encode_documents(self, data, sizes, separator_id, coming=0):
+    def encode_documents(self, data, sizes, separator_id):
         ends = np.cumsum(sizes)
         pieces = [self.encode_array(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
         separator = np.array([separator_id], pieces[0].dtype)
