@@ -139,6 +139,18 @@ def _encode_table(parts: dict[str, Any], names: list[str], task: str) -> list[st
     return lines
 
 
+def _commits(parts: dict[str, Any]) -> list[str]:
+    """Parts can be run one by one: which commit each of them measured, unless it is one for all."""
+    found: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        if name != "prepare":
+            found.setdefault(part.get("about", {}).get("commit", ""), []).append(name)
+    if len(found) < 2:
+        return []
+    told = [f"`{commit}`: {', '.join(names)}" for commit, names in found.items()]
+    return ["Not all parts were run at one commit. " + "; ".join(told) + ".", ""]
+
+
 def tables(results: dict[str, Any], ratios: list[dict[str, Any]], left_out: dict[str, str]) -> str:
     parts, machine = results["parts"], results.get("machine", {})
     lines = [
@@ -152,6 +164,7 @@ def tables(results: dict[str, Any], ratios: list[dict[str, Any]], left_out: dict
         "In brackets: how many times faster ours is, the median of the rounds' ratios. A shared machine: trust the ratios more than the MB/s. "
         "`≠`: this peer's ids differ from ours (tiktoken's and Hugging Face's never do: else nothing is timed).",
         "",
+        *_commits(parts),
         "## Targets",
         "",
         "| | against | measured | target | |",

@@ -15,9 +15,10 @@ What happens in here is compiled on first use; small texts never come here (`Tok
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class FastEncoder:
         self._dtype = dtype
         self._cache_bytes = cache_bytes
         self._free: list[_Worker] = []  # workers that wait for something to do
+        self._numbers = count()
         self.buffers = Buffers()
 
     # ---------------------------------------------------------------- one text
@@ -90,7 +92,7 @@ class FastEncoder:
             worker.encode(array, tail, np.array(rows, np.int64), ids)
             worker.ids = joined.add(number, ids)
 
-        self._in_threads(work, jobs, threads)
+        self._in_threads(work, jobs, threads, in_order=True)
         return result.finished()
 
     def count(self, data: bytes | memoryview, regions: list[Region]) -> int:
@@ -142,22 +144,34 @@ class FastEncoder:
 
     # ---------------------------------------------------------------- threads
 
-    def _in_threads(self, work: Callable[[_Worker, int, Any], None], jobs: list[Any], threads: int) -> None:
-        """Call ``work(worker, number, job)`` for all jobs; the first exception ends it."""
-        threads = min(threads, len(jobs))
-        numbered = iter(enumerate(jobs))
+    def _in_threads(
+        self, work: Callable[[_Worker, int, Any], None], jobs: list[Any], threads: int, in_order: bool = False
+    ) -> None:
+        """Call ``work(worker, number, job)`` for all jobs; the first exception ends it.
+
+        Unless they are to be taken in order, each thread has neighbours to do, and helps others when it has done them: neighbours
+        have words in common, and whoever encodes a corpus again meets words that its table knows.
+        """
+        threads = max(1, min(threads, len(jobs)))
+        parts = 1 if in_order else threads
+        bounds = [len(jobs) * part // parts for part in range(parts + 1)]
+        waiting = [deque(range(begin, end)) for begin, end in pairwise(bounds)]
+        workers = sorted((self._worker() for _ in range(threads)), key=lambda worker: worker.number)
         taking = threading.Lock()
         failed = threading.Event()
 
-        def loop() -> None:
-            worker = self._worker()
+        def take(mine: deque[int]) -> int:
+            with taking:
+                if mine:
+                    return mine.popleft()
+                most = max(waiting, key=len)
+                return most.pop() if most else -1
+
+        def loop(thread: int) -> None:
+            worker = workers[thread]
             try:
-                while not failed.is_set():
-                    with taking:
-                        number, job = next(numbered, (-1, []))
-                    if number < 0:
-                        break
-                    work(worker, number, job)
+                while not failed.is_set() and (number := take(waiting[thread % parts])) >= 0:
+                    work(worker, number, jobs[number])
             except BaseException:
                 failed.set()
                 raise
@@ -165,10 +179,10 @@ class FastEncoder:
             self._free.append(worker)
 
         if threads < 2:
-            loop()
+            loop(0)
             return
         with ThreadPoolExecutor(threads, "encode") as pool:
-            for done in [pool.submit(loop) for _ in range(threads)]:
+            for done in [pool.submit(loop, thread) for thread in range(threads)]:
                 done.result()
 
     def _worker(self) -> _Worker:
@@ -176,7 +190,8 @@ class FastEncoder:
         try:
             return self._free.pop()
         except IndexError:
-            return _Worker(self._pattern, self._scanner, self._merges, self._whole, self._cache_bytes)
+            number = next(self._numbers)
+            return _Worker(number, self._pattern, self._scanner, self._merges, self._whole, self._cache_bytes)
 
     def _pieces(self, data: bytes | memoryview, regions: list[Region], size: int) -> list[list[Region]]:
         """`regions` in groups of about `size` bytes; long ones are cut where that changes no pre-token."""
@@ -213,8 +228,15 @@ class _Worker:
     """What one thread needs to encode: a word table, a chunk of spans, and room for ids."""
 
     def __init__(
-        self, pattern: Pattern, scanner: Scan | None, merges: MergeTable, whole: Any, cache_bytes: int
+        self,
+        number: int,
+        pattern: Pattern,
+        scanner: Scan | None,
+        merges: MergeTable,
+        whole: Any,
+        cache_bytes: int,
     ) -> None:
+        self.number = number
         self._pattern = pattern
         self._scanner = scanner
         self._spans = np.empty((CHUNK, 2), np.int64)
