@@ -353,6 +353,7 @@ BYTES = {byte: bytes([byte]) for byte in range(256)}
         ((BYTES | {256: "ab"}, []), "id 256 is 'ab'; every token must be non-empty bytes"),
         ((BYTES | {256: b""}, []), "every token must be non-empty bytes"),
         ((BYTES, [(b"a", b"b")]), r"merge 0 \(b'a', b'b'\): b'ab' is not in vocab"),
+        ((BYTES | {256: b"xyb"}, [(b"xy", b"b")]), r"merge 0 \(b'xy', b'b'\): b'xy' is not in vocab"),
         ((BYTES | {256: b"ab"}, [(b"a", b"b")] * 2), "merge 1 .* is listed twice"),
         ((BYTES, [(b"a",)]), "merge 0 .* must be a pair of bytes"),
         ((BYTES, [("a", "b")]), "must be a pair of bytes"),
