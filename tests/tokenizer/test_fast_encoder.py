@@ -291,7 +291,7 @@ def test_decoding_step_by_step(step, monkeypatch):
     monkeypatch.setattr(decoder, "_STEP", step)
     trained = oracle.trained()
     ids = trained.encode_array(oracle.TEXT)
-    single = list("né 漢 😀\ufffd".encode()) + [0xFF, 0xE2, 0x82, 0x41, 0xF0, 0x9F]  # bytes, which are ids 0 to 255
+    single = [*"né 漢 😀\ufffd".encode(), 0xFF, 0xE2, 0x82, 0x41, 0xF0, 0x9F]  # bytes, which are ids 0 to 255
     for kind in (np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64):
         assert trained.decode(ids.astype(kind)) == oracle.TEXT
         assert trained.decode_bytes(np.array(single, kind)) == bytes(single)
@@ -302,6 +302,6 @@ def test_decoding_step_by_step(step, monkeypatch):
     assert trained.decode(single) == bytes(single).decode(errors="replace")
     wrong: list[Any] = [-1, -(1 << 31), trained.vocab_size, 1 << 31, 1 << 32, (1 << 32) + 5, -(1 << 63)]
     for index in wrong:
-        for given in ([*single, index, 5], np.array([*single, index, 5])):
+        for numbers in ([*single, index, 5], np.array([*single, index, 5])):
             with pytest.raises(UserError, match=f"id {index} at position {len(single)} is not in the vocabulary"):
-                trained.decode(given)
+                trained.decode(numbers)
