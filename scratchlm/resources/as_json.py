@@ -20,8 +20,8 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
         flops_per_token      forward, backward (traced), model (the formula: 3 × the products of a forward pass), six_n
         components           [path, copies, params, active, weights, gradients, state, forward, backward, kept]: numbers, bytes
                              of them, FLOPs per token, bytes kept for the backward pass
-        operations           [phase, component, name, calls, flops, moved, intensity, seconds, flops_per_second, bound] of one
-                             micro-batch, costliest first; the last three but one are None without a machine
+        operations           [phase, component, name, calls, flops, flops_per_token, moved, intensity, seconds, flops_per_second,
+                             bound] of one micro-batch, costliest first; seconds and what follows are None without a machine
         memory               peak, moment, at_peak (kind → bytes), by_component (activations and temporaries at the peak),
                              timeline: phases (the phase of every operation), live (bytes at it) and by_kind (kind → bytes)
         micro_batches        fixed_bytes + bytes_per_sequence · sequences; largest: None without a device's memory
@@ -55,7 +55,7 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
             "six_n": e.six_n,
         },
         "components": [asdict(component) for component in e.components],
-        "operations": [_operation(group) for group in e.operations],
+        "operations": [_operation(group, e) for group in e.operations],
         "memory": {
             "peak": e.memory.peak,
             "moment": e.memory.moment,
@@ -79,9 +79,13 @@ def as_json(estimate: Estimate, target: Target | None = None) -> dict[str, Any]:
     }
 
 
-def _operation(group: OperationGroup) -> dict[str, Any]:
+def _operation(group: OperationGroup, estimate: Estimate) -> dict[str, Any]:
     rate = group.flops / group.seconds if group.seconds else None
-    return asdict(group) | {"intensity": group.intensity, "flops_per_second": rate}
+    return asdict(group) | {
+        "flops_per_token": estimate.flops_per_token(group),
+        "intensity": group.intensity,
+        "flops_per_second": rate,
+    }
 
 
 def _target(target: Target) -> dict[str, Any]:

@@ -136,6 +136,11 @@ class Estimate:
     savings: dict[str, int]
     time: Time | None
 
+    def flops_per_token(self, group: OperationGroup) -> float:
+        """Of equal operations, per trained token: the optimizer works once a step, all else once a micro-batch."""
+        batches = self.accumulation if group.phase == "optimizer" else 1
+        return group.flops / (batches * self.micro_batch * self.length)
+
 
 def vocabulary(recipe: Recipe) -> int:
     """The size of the tokenizer that the recipe will have, or has.

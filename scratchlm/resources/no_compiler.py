@@ -22,6 +22,9 @@ _STAND_INS: dict[str, dict[str, Any]] = {
     "torch.distributed.tensor": {"DTensor": type("DTensor", (), {})},
     "torch.fx.experimental.symbolic_shapes": {"expect_true": bool},
     "torch._dynamo": {"disable": lambda function, *_, **__: function},
+    "torch._dynamo.config": {
+        "error_on_nested_fx_trace": True
+    },  # checkpointing asks; its default, and nothing is traced by FX here
     "torch.export": {},
     "torch._meta_registrations": {},
 }
@@ -36,6 +39,10 @@ def without_the_compiler() -> Iterator[None]:
     stays as it is.
     """
     put = {name: _StandIn(name, names) for name, names in _STAND_INS.items() if name not in sys.modules}
+    for name, module in put.items():
+        outer, _, inner = name.rpartition(".")
+        if outer in put:
+            setattr(put[outer], inner, module)
     sys.modules.update(put)
     try:
         yield
@@ -51,9 +58,12 @@ _FIRST = ("torch.export", "torch._meta_registrations")
 
 def the_real(name: str) -> ModuleType:
     """The module itself, whether something stands in for it or not."""
-    for wanted in (*_FIRST, name):
+    parts = name.split(".")
+    for wanted in (*_FIRST, *(".".join(parts[:n]) for n in range(1, len(parts))), name):
         if isinstance(sys.modules.get(wanted), _StandIn):
-            del sys.modules[wanted]
+            inside = [one for one in sys.modules if one.startswith(f"{wanted}.") and one in _STAND_INS]
+            for stand_in in (wanted, *inside):
+                del sys.modules[stand_in]
             importlib.import_module(wanted)
     return importlib.import_module(name)
 

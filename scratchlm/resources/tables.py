@@ -301,7 +301,7 @@ def operation_rows(estimate: Estimate, target: Target, most: int = COSTLIEST) ->
     """The costliest groups of equal operations, all others in one row, and their sum.
 
     Returns:
-        Rows of: phase, component, operation, calls, FLOP, bytes, FLOP per byte, and, where times are known, time, share of the
+        Rows of: phase, component, operation, calls, FLOP per trained token, bytes, FLOP per byte, and, where times are known, time, share of the
         time, share of the peak, what bounds it.
     """
     groups = estimate.operations
@@ -320,7 +320,7 @@ def _costs(groups: Sequence[OperationGroup], whole: float, peak: float | None, e
     flops, moved = sum(group.flops for group in groups), sum(group.moved for group in groups)
     cells = [
         f"{sum(group.calls for group in groups):,}",
-        si(flops) if flops else "–",
+        si(sum(map(estimate.flops_per_token, groups))) if flops else "–",
         si(moved, "B"),
         _ratio(flops / max(1, moved)) if flops else "–",
     ]
@@ -338,7 +338,7 @@ def _ratio(value: float) -> str:
 
 def operation_headers(estimate: Estimate) -> list[str]:
     """What :func:`operation_rows` holds."""
-    headers = ["phase", "component", "operation", "calls", "FLOP", "moved", "FLOP/B"]
+    headers = ["phase", "component", "operation", "calls", "FLOP/token", "moved", "FLOP/B"]
     return headers if estimate.time is None else [*headers, "time", "share", "of peak", "bound"]
 
 

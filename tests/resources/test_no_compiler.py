@@ -18,12 +18,12 @@ recipe = Recipe(model={"vocab_size": 300, "context_length": 64, "d_model": 32, "
 with without_the_compiler():
     import torch
     from scratchlm.resources.estimate import estimate
-    estimate(recipe, precision="bf16", memory_bytes=1e9)
+    estimate(recipe, precision="bf16", memory_bytes=1e9, compiled=True)
 assert not [name for name in heavy if name in sys.modules]
 with without_the_compiler():
     assert sys.modules["torch._dynamo"].config.cache_size_limit > 0  # what no stand-in has is the real one's
     import torch._dynamo
-    assert torch._dynamo.__file__
+    assert torch._dynamo.__file__ and torch._dynamo.config.__file__
 with without_the_compiler():
     mixture = recipe.model.model_copy(update={"moe": recipe.model.moe.model_copy(update={"experts": 4, "top_k": 2})})
     assert estimate(recipe.model_copy(update={"model": mixture}), precision="bf16").params > 0  # asks for torch's rules

@@ -157,6 +157,9 @@ def test_operations_add_up(tiny: Estimate, target: Target) -> None:
     product = next(row for row in every if row[0] == "forward" and row[2] == "mm")
     group = next(one for one in tiny.operations if one.phase == "forward" and one.name == "mm")
     assert group.seconds is not None
+    assert product[4] == si(group.flops / (tiny.micro_batch * tiny.length))
+    passes = [one for one in tiny.operations if one.phase in ("forward", "backward")]
+    assert sum(map(tiny.flops_per_token, passes)) == pytest.approx(tiny.forward_flops + tiny.backward_flops)
     assert product[6] == f"{group.flops / group.moved:.3g}"
     assert product[9] == f"{group.flops / group.seconds / 989.4e12:.0%}"
 
