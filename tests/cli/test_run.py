@@ -151,6 +151,7 @@ def test_another_way_to_compute_the_same_may_go_on(
         "train.precision": "bf16",
         "train.compile": "auto",
         "train.loss_kernel": "reference",
+        "train.activation_checkpointing": "blocks",
         "optim.implementation": "reference",
         "model.linear.form": "recurrent",
         "model.linear.chunk": "8",

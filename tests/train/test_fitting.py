@@ -148,10 +148,10 @@ def test_a_cpu_refuses_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch)
     with fitting.refused_not_killed(CPU):
         torch.empty(1_000_000)
         with pytest.raises(RuntimeError) as caught:
-            torch.empty(100_000_000)
+            torch.empty(500_000_000)  # more than what tests before it may have left to the heap
     assert fitting.is_out_of_memory(caught.value)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
-    torch.empty(100_000_000)
+    torch.empty(500_000_000)
     for device, left in (("cuda", 100), ("cpu", None)):
         monkeypatch.setattr(fitting, "_system_left", lambda left=left: left)
         with fitting.refused_not_killed(torch.device(device)):
