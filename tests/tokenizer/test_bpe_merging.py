@@ -150,13 +150,13 @@ def test_compiled_loop_does_not_rescan_either():
     table = {"".join(rng.choices("abcdefghijklmnopqrst", k=9)).encode(): 1 for _ in range(40_000)}
 
     def seconds(merges: int) -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         assert len(merge_words_fast(table, merges)) == merges
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     merge_words_fast({b"ab": 1}, 1)
     few, many = (min(seconds(merges), seconds(merges)) for merges in (50, 4000))
-    assert many < 10 * few
+    assert many < 25 * few
 
 
 def test_a_failure_in_the_bar_stops_the_compiled_loop():
