@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from model_variants import VARIANTS
 
@@ -28,7 +30,7 @@ SOME = (
 )
 
 
-def deep(config: ModelConfig, precision: str) -> tuple[int | None, int]:
+def deep(config: ModelConfig, precision: str, compiled: bool) -> tuple[int | None, int]:
     """By two shallow models, and by a trace."""
     for layers in range(8, 60):
         found = shallow(config.model_copy(update={"layers": layers}))
@@ -38,30 +40,33 @@ def deep(config: ModelConfig, precision: str) -> tuple[int | None, int]:
     one, two, more = found
     models = (one, two, config.model_copy(update={"layers": layers}))
     assert one.layers < two.layers < layers
-    traces = [
-        Traceable(model, OptimConfig(), TrainConfig())
-        .step(precision=precision, micro_batch=2, accumulation=2 if precision == "bf16" else 1, for_peak=True)
-        .trace
-        for model in models
-    ]
+    how: dict[str, Any] = {
+        "precision": precision,
+        "accumulation": 2 if precision == "bf16" else 1,
+        "compiled": compiled,
+    }
+    prepared = [Traceable(model, OptimConfig(), TrainConfig()) for model in models]
+    traces = [model.step(micro_batch=2, for_peak=True, **how).memory for model in prepared]
     return peak_of_deeper(traces[0], traces[1], more), traces[2].peak()[1]
 
 
-def check(name: str, precision: str) -> None:
-    answer, peak = deep(VARIANTS[name], precision)
+def check(name: str, precision: str, compiled: bool) -> None:
+    answer, peak = deep(VARIANTS[name], precision, compiled)
     assert answer == peak or (answer is None and name.startswith(IRREGULAR))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", SOME)
-def test_the_peak_is_that_of_its_own_trace(name: str) -> None:
-    check(name, "bf16")
+def test_the_peak_is_that_of_its_own_trace(name: str, compiled: bool) -> None:
+    check(name, "bf16", compiled)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.layers])
-def test_over_all_architectures(name: str, precision: str) -> None:
-    check(name, precision)
+def test_over_all_architectures(name: str, precision: str, compiled: bool) -> None:
+    check(name, precision, compiled)
 
 
 def test_patterns_stay_as_they_are() -> None:
