@@ -75,14 +75,15 @@ def _without_tyro(default: Any, arguments: Sequence[str]) -> Any:
     fields = type(default).model_fields
     values = {name: getattr(default, name) for name in fields}
     for option, text in zip(arguments[::2], arguments[1::2], strict=True):
-        field = fields.get(option.removeprefix("--").replace("-", "_"))
+        name = option.removeprefix("--").replace("-", "_")
+        field = fields.get(name)
         if not option.startswith("--") or field is None or text == "None" or text.startswith("-"):
             return None
         kind: Any = field.annotation
         if bool in (kind, *get_args(kind)):  # tyro takes True and False alone
             return None
         try:
-            values[option[2:].replace("-", "_")] = TypeAdapter(kind).validate_strings(text)
+            values[name] = TypeAdapter(kind).validate_strings(text)
         except ValidationError:
             return None
     try:

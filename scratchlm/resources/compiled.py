@@ -123,6 +123,7 @@ class _Compiled:
                 self.children[parent].add(number)
         self.banned = self._banned()
         self.saved = self._saved()
+        self._known_sources: dict[int, set[int]] = {}
 
     # --- what is kept ------------------------------------------------------------------------------------------------
 
@@ -320,9 +321,13 @@ class _Compiled:
                     last[source] = max(last[source], written[i])
         return last
 
-    @functools.cache  # noqa: B019 (the graph lives as long as one call)
-    def _sources(self, number: int) -> frozenset[int]:
+    def _sources(self, number: int) -> set[int]:
         """The kept storages that one is computed from; itself, if it is kept."""
+        if number not in self._known_sources:
+            self._known_sources[number] = self._sources_of(number)
+        return self._known_sources[number]
+
+    def _sources_of(self, number: int) -> set[int]:
         found, waiting, seen = set[int](), [number], set[int]()
         while waiting:
             at = waiting.pop()
@@ -333,7 +338,7 @@ class _Compiled:
                 found.add(at)
             else:
                 waiting += self.parents[at]
-        return frozenset(found)
+        return found
 
     def _is_added_up(self, storage: Storage) -> bool:
         """A gradient that is added to the sum of former micro-batches: compiled code hands out all of them together at its end."""

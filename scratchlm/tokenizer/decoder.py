@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from scratchlm.errors import UserError
+from scratchlm.tokenizer.buffers import HUGE
 
 # Below, joining is as fast; above, the compiled loops are worth their import.
 _FEW = 1 << 9
 _FIRST = 1 << 16
 # Ids per step: what they become on the way to a text stays in the cache.
 _STEP = 1 << 16
-# Bytes from which huge pages are worth asking for.
-_HUGE = 4 << 20
 
 
 class Decoder:
@@ -180,7 +179,7 @@ def _loops() -> tuple[Callable[..., int], Callable[..., int]]:
 
 def _memory(address: int, size: int) -> np.ndarray:
     """The `size` bytes at `address`, to be written to. Fresh memory comes in huge pages where the system has them."""
-    if size >= _HUGE and (advise := _advise()) is not None:
+    if size >= HUGE and (advise := _advise()) is not None:
         page = mmap.PAGESIZE
         advise(-(-address // page) * page, size - page, mmap.MADV_HUGEPAGE)
     return np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), np.uint8)
