@@ -2,7 +2,7 @@
 
 ::
 
-    spec ──► every recipe ──► tokenizers, shards ──► queue of runs ──► table.md  table.csv  results.json  report.html
+    spec ──► every recipe ──► tokenizers, shards ──► queue of runs ──► table.md  table.csv  results.json  report.html  pictures/
 
 The experiment's folder::
 
@@ -27,7 +27,7 @@ from scratchlm.experiments.comparison import Comparison, as_csv, as_markdown, as
 from scratchlm.experiments.live import Live
 from scratchlm.experiments.plan import Plan, Planner
 from scratchlm.experiments.queue import Queue, Stopped
-from scratchlm.experiments.report import write_report
+from scratchlm.experiments.report import write_pictures, write_report
 from scratchlm.experiments.spec import Experiment, Variant
 from scratchlm.files import disk_errors, lock, stable_hash, write_bytes, write_json, write_text
 from scratchlm.run_folder import visible
@@ -140,12 +140,13 @@ class Ablation:
         return replace(self.experiment, variants=tuple(variants))
 
     def _write(self, experiment: Experiment, planner: Planner, plan: Plan, queue: Queue) -> Comparison:
-        """table.md, table.csv, results.json, report.html."""
+        """table.md, table.csv, results.json, report.html, pictures/."""
         comparison = compare(experiment, plan, planner.amount, queue.outcome)
         write_text(self.folder / "table.md", as_markdown(comparison))
         write_text(self.folder / "table.csv", as_csv(comparison))
         write_json(self.folder / "results.json", as_json(comparison, plan, queue))
         write_report(comparison, plan, queue.outcome, self.folder / "report.html")
+        write_pictures(comparison, plan, queue.outcome, self.folder / "pictures")
         return comparison
 
 

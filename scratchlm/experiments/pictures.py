@@ -1,10 +1,10 @@
-"""The report's pictures: curves with the band of the seeds, differences with their intervals, loss against speed and memory."""
+"""The report's pictures: curves with the band of the seeds, differences with their intervals, loss against what was swept, speed and memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from scratchlm.experiments.comparison import Comparison, Row
 from scratchlm.experiments.critical_batch import CriticalBatch
 from scratchlm.experiments.plan import Choice, Outcomes, Trial
 from scratchlm.experiments.results import Result, curve_of
+from scratchlm.experiments.spec import flattened_lists
 from scratchlm.model.draw.style import COLOURS, HUES, dress, new_figure
 
 if TYPE_CHECKING:
@@ -197,6 +198,75 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or point[1] < best[-1][1]:
             best.append(point)
     return best
+
+
+def sweep_figure(comparison: Comparison) -> Figure | None:
+    """Validation loss against a swept number, a line for each combination of the other swept fields; None without three values of one.
+
+    Rows without a loss are crosses at the upper edge. The recipe as it is belongs to the line whose other fields it shares. Points that no two of
+    which share a line, as of random draws, are drawn without lines.
+    """
+    if comparison.experiment.spec.sweep is None:
+        return None
+    paths = list(flattened_lists(comparison.experiment.spec.sweep.fields))
+    variants = {v.name: v for v in comparison.experiment.variants if not v.changes or list(v.changes) == paths}
+    rows: dict[str, Row] = {}
+    for row in comparison.rows:  # of a variant's two the first, at its own rate
+        if row.variant in variants:
+            rows.setdefault(row.variant, row)
+    settings = {name: {path: _field(variants[name].recipe, path) for path in paths} for name in rows}
+    distinct = {path: {setting[path] for setting in settings.values()} for path in paths}
+    numeric = [path for path in paths if all(type(value) in (int, float) for value in distinct[path])]
+    across = max(numeric, key=lambda path: len(distinct[path]), default="")
+    if not across or len(distinct[across]) < 3:
+        return None
+    lines: dict[str, list[tuple[float, Row]]] = {}
+    for name, row in rows.items():
+        rest = [f"{path.rpartition('.')[2]} = {settings[name][path]}" for path in paths if path != across]
+        lines.setdefault(", ".join(rest), []).append((float(settings[name][across]), row))
+    linked = any(len(points) > 1 for points in lines.values())
+    if not linked:
+        lines = {"": [point for points in lines.values() for point in points]}
+
+    figure = new_figure("light", _WIDE, 3.8)
+    axes = figure.add_subplot()
+    in_bits = comparison.unit == "bits per byte"
+    lost = False
+    for number, (label, points) in enumerate(lines.items()):
+        points.sort(key=lambda point: point[0])
+        places = [x for x, _ in points]
+        losses = [row.bits if in_bits else row.loss for _, row in points]
+        errors = np.nan_to_num([row.bits_error if in_bits else row.error for _, row in points])
+        axes.errorbar(
+            places,
+            losses,
+            errors,
+            color=colour(number),
+            linestyle=style(number) if linked else "none",
+            marker="o",
+            markersize=5,
+            capsize=3,
+            label=label,
+        )
+        gone = [x for x, loss in zip(places, losses, strict=True) if not math.isfinite(loss)]
+        axes.plot(gone, [0.97] * len(gone), "x", color=colour(number), transform=axes.get_xaxis_transform())
+        lost = lost or bool(gone)
+    positive = sorted(float(x) for x in distinct[across] if x > 0)
+    if positive[-1] >= 8 * positive[0]:
+        if len(positive) == len(distinct[across]):
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=positive[0])
+    dress(axes, "light", x=across + " (×: diverged or failed)" * lost, y=comparison.unit, grid=True)
+    if len(lines) > 1:
+        _legend_outside(figure, axes)
+    return figure
+
+
+def _field(recipe: Any, path: str) -> Any:
+    for name in path.split("."):
+        recipe = getattr(recipe, name)
+    return recipe
 
 
 def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure | None:

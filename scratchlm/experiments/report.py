@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from scratchlm.evaluate.plots import png_bytes
 from scratchlm.evaluate.report import amount
 from scratchlm.experiments import pictures
 from scratchlm.experiments.comparison import Comparison, cells, sentences, shown_columns
 from scratchlm.experiments.critical_batch import CriticalBatch, fit_critical_batch, tokens_to
 from scratchlm.experiments.plan import Outcomes, Plan
 from scratchlm.experiments.results import curve_of
-from scratchlm.files import write_text
+from scratchlm.files import write_bytes, write_text
 from scratchlm.pages import page_templates
 from scratchlm.resources.page import svg, variables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def batch_points(comparison: Comparison, plan: Plan) -> list[tuple[float, list[float]]]:
@@ -61,6 +66,43 @@ def batch_sentence(
     )
 
 
+TITLES = {
+    "differences": "Differences",
+    "sweep": "What was swept",
+    "curves": "Validation loss, mean and range of the seeds",
+    "costs": "What it costs",
+    "rates": "Learning rates",
+    "batches": "Batch sizes",
+}
+"""A picture's name and its heading in the report."""
+
+
+def draw(comparison: Comparison, plan: Plan, outcome: Outcomes) -> dict[str, Figure]:
+    """The pictures that there is something to draw for, by their names in :data:`TITLES`."""
+    points = batch_points(comparison, plan)
+    order = [variant.name for variant in comparison.experiment.variants]
+    drawn = {
+        "differences": pictures.differences_figure(comparison),
+        "sweep": pictures.sweep_figure(comparison),
+        "curves": pictures.curves_figure(comparison, outcome),
+        "costs": pictures.pareto_figure(comparison),
+        "rates": pictures.rates_figure(plan.choices, order),
+        "batches": pictures.batch_figure(points, critical_batch(points)),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def write_pictures(comparison: Comparison, plan: Plan, outcome: Outcomes, folder: Path) -> None:
+    """Write ``<name>.png`` for each of them, atomically; of the names in :data:`TITLES`, none is left that there is no picture for now."""
+    drawn = draw(comparison, plan, outcome)
+    for name in TITLES:
+        path = folder / f"{name}.png"
+        if name in drawn:
+            write_bytes(path, png_bytes(drawn[name]))
+        else:
+            path.unlink(missing_ok=True)
+
+
 def render_report(comparison: Comparison, plan: Plan, outcome: Outcomes) -> str:
     """The page's HTML.
 
@@ -72,14 +114,7 @@ def render_report(comparison: Comparison, plan: Plan, outcome: Outcomes) -> str:
     spec = comparison.experiment.spec
     points = batch_points(comparison, plan)
     fitted = critical_batch(points)
-    order = [variant.name for variant in comparison.experiment.variants]
-    drawn = {
-        "Differences": pictures.differences_figure(comparison),
-        "Validation loss, mean and range of the seeds": pictures.curves_figure(comparison, outcome),
-        "What it costs": pictures.pareto_figure(comparison),
-        "Learning rates": pictures.rates_figure(plan.choices, order),
-        "Batch sizes": pictures.batch_figure(points, fitted),
-    }
+    drawn = draw(comparison, plan, outcome)
     finished = sum(outcome(trial) is not None for trial in plan.trials)
     columns = shown_columns(comparison)
     return (
@@ -100,9 +135,7 @@ def render_report(comparison: Comparison, plan: Plan, outcome: Outcomes) -> str:
             batches=batch_sentence(points, fitted, spec.target_bits_per_byte)
             if spec.target_bits_per_byte and points
             else "",
-            pictures={
-                title: svg(figure, f"p{n}") for n, (title, figure) in enumerate(drawn.items()) if figure is not None
-            },
+            pictures={TITLES[name]: svg(figure, f"p{n}") for n, (name, figure) in enumerate(drawn.items())},
             changes=[
                 (
                     variant.name,

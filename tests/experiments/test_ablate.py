@@ -69,7 +69,17 @@ def test_two_variants_with_two_seeds(place: Path, whole: Comparison) -> None:
     assert (base.verdict, base.seeds, post.seeds) == ("reference", (2, 2), (2, 2)) and not base.notes + post.notes
     folder = place / "runs/whole"
     made = {path.name for path in folder.iterdir()}
-    assert {"table.md", "table.csv", "results.json", "report.html", "spec.toml", "runs", "trials", "data"} <= made
+    assert {
+        "table.md",
+        "table.csv",
+        "results.json",
+        "report.html",
+        "pictures",
+        "spec.toml",
+        "runs",
+        "trials",
+        "data",
+    } <= made
     runs = sorted((folder / "runs").iterdir())
     assert [run.name.rsplit("-", 1)[0] for run in runs] == ["base-s0", "base-s1", "post-s0", "post-s1"]
     for run in runs:

@@ -15,8 +15,9 @@ import pytest
 from test_plan import POST, RESULT, planner
 
 from scratchlm.experiments.comparison import Comparison, as_csv, as_markdown, as_records, compare
+from scratchlm.experiments.pictures import sweep_figure
 from scratchlm.experiments.plan import Planner, Trial
-from scratchlm.experiments.report import render_report
+from scratchlm.experiments.report import render_report, write_pictures
 from scratchlm.experiments.results import Failure, Result, count_spikes, curve_of, load_outcome
 
 LOSSES = {"base": [3.00, 3.02, 3.01], "post": [2.90, 2.92, 2.905]}
@@ -196,6 +197,67 @@ def test_the_report_needs_nothing_but_itself_and_shows_all_of_it(small: Path) ->
     assert "are finished" not in words
     part = render_report(judged(made, lambda t: None), made.plan(lambda t: None), lambda t: None)
     assert "0 of 6 runs are finished" in part
+
+    folder = small / "pictures"
+    write_pictures(judged(made, by_losses), plan, by_losses, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "batches.png",
+        "costs.png",
+        "curves.png",
+        "differences.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+    write_pictures(judged(made, lambda t: None), made.plan(lambda t: None), lambda t: None, folder)
+    assert [path.name for path in folder.iterdir()] == ["batches.png"]  # drawn from curves, which are still there
+
+
+def lines_of(comparison: Comparison) -> dict[str, list[tuple[float, float]]]:
+    """Label → points of the sweep's picture."""
+    figure = sweep_figure(comparison)
+    assert figure is not None
+    found = {}
+    for bars in figure.axes[0].containers:
+        line = bars.lines[0]
+        found[str(bars.get_label())] = [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+    return found
+
+
+def test_a_sweep_is_drawn_over_the_number_swept(small: Path) -> None:
+    """The recipe as it is (weight decay 0.1, cosine) takes its place among the points; what diverged is a cross, not a point."""
+    text = (
+        "seeds = 2\n[sweep.fields]\noptim.weight_decay = [0.0, 0.3, 1.0]\noptim.schedule = ['cosine', 'constant']\n"
+    )
+    made = planner(small, text)
+
+    def outcome(trial: Trial) -> Result:
+        optim = trial.recipe.optim
+        loss = optim.weight_decay + (optim.schedule == "constant")
+        return replace(RESULT, loss=math.nan if loss == 2 else loss + trial.seed)
+
+    base = made.experiment.reference.recipe.optim
+    found = judged(made, outcome)
+    drawn = lines_of(found)
+    cosine = sorted([(x, x + 0.5) for x in (0.0, 0.3, 1.0, base.weight_decay)])
+    assert base.schedule == "cosine" and drawn["schedule = cosine"] == [pytest.approx(point) for point in cosine]
+    assert drawn["schedule = constant"][:2] == [pytest.approx((0.0, 1.5)), pytest.approx((0.3, 1.8))]
+    figure = sweep_figure(found)
+    assert figure is not None and figure.axes[0].get_xscale() == "symlog"
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[], [1.0]]
+    assert "diverged or failed" in figure.axes[0].get_xlabel()
+
+
+def test_two_points_or_words_are_no_sweep_to_draw_and_draws_have_no_lines(small: Path) -> None:
+    for fields in ("optim.lr = [0.5]", "optim.schedule = ['constant', 'linear', 'wsd']"):
+        made = planner(small, f"seeds = 1\n[sweep.fields]\n{fields}\n")
+        assert sweep_figure(judged(made, lambda trial: RESULT)) is None
+    assert sweep_figure(judged(planner(small, f"seeds = 1\n{POST}"), lambda trial: RESULT)) is None
+    ranges = "{low = 1e-4, high = 1e-1, log = true}"
+    text = f"seeds = 1\n[sweep]\nkind = 'random'\nsamples = 6\n[sweep.fields]\noptim.lr = {ranges}\noptim.eps = {ranges}\n"
+    figure = sweep_figure(judged(planner(small, text), lambda trial: RESULT))
+    assert figure is not None and figure.axes[0].get_xscale() == "log"
+    (bars,) = figure.axes[0].containers
+    assert bars.lines[0].get_linestyle() == "None" and len(bars.lines[0].get_xdata()) == 7
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
