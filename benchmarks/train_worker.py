@@ -233,47 +233,10 @@ def transformers(shape: Shape, variant: str) -> None:
 
 
 def nanogpt(shape: Shape, patched: bool) -> None:
-    """The layers of GPT-2 without biases, as nanoGPT has them: learned positions, LayerNorm, GELU, tied head."""
     import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+    from gpt2_style import GPT
 
-    d = shape.d_model
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ln_1, self.ln_2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
-            self.c_attn, self.c_proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-            self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            batch, length, _ = x.shape
-            q, k, v = (
-                part.view(batch, length, shape.heads, 64).transpose(1, 2)
-                for part in self.c_attn(self.ln_1(x)).split(d, dim=2)
-            )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.c_proj(y.transpose(1, 2).contiguous().view(batch, length, d))
-            return x + self.down(F.gelu(self.up(self.ln_2(x))))
-
-    class GPT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(shape.vocab, d), nn.Embedding(shape.context, d)
-            self.blocks = nn.ModuleList(Block() for _ in range(shape.layers))
-            self.ln_f, self.lm_head = nn.LayerNorm(d, bias=False), nn.Linear(d, shape.vocab, bias=False)
-            self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if hasattr(m, "embedding_dim") else None)
-            self.lm_head.weight = self.wte.weight
-
-        def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-            x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
-            for block in self.blocks:
-                x = block(x)
-            logits = self.lm_head(self.ln_f(x))
-            return F.cross_entropy(logits.view(-1, shape.vocab), targets.view(-1))
-
-    model = GPT()
+    model = GPT(shape.vocab, shape.context, shape.d_model, shape.layers, shape.heads)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.wpe.weight.numel()
     peer(
         shape,

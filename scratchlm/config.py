@@ -94,7 +94,14 @@ class CorpusConfig(Section):
         default=[], description="Files or globs held out; empty: a share of the documents is held out."
     )
     validation_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of documents held out, chosen by a hash of their name."
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the text held out: documents chosen by a hash of their name.",
+    )
+    hold_out: Literal["documents", "ends"] = Field(
+        default="documents",
+        description="What that share is: whole documents, or the end of every document, as nanoGPT splits its one text.",
     )
     separator: str = Field(
         default="<|endoftext|>", description="Splits a text file into documents; '': one per file."
@@ -126,6 +133,9 @@ class CorpusConfig(Section):
                     f"{changed[0]} is set, but kind = {self.kind} reads no {what}: leave it out, or set kind = "
                     f'"{fitting}"'
                 )
+        for name in ("validation_paths", "validation_split"):
+            if getattr(self, name) and self.hold_out == "ends":
+                raise ValueError(f"{name} says what is held out: leave it out, or hold_out = ends")
         return self
 
 

@@ -165,6 +165,8 @@ def consistent(flat: dict[str, Any]) -> dict[str, Any]:
         del corpus[name]
     if kind in ("jsonl", "parquet"):
         corpus.pop("separator", None)
+    if corpus.get("validation_paths") or corpus.get("validation_split"):
+        corpus.pop("hold_out", None)
     return values
 
 
@@ -287,6 +289,10 @@ def test_seeds_fit_the_generators() -> None:
         ({"kind": "text", "paths": ["a"], "dataset": "x"}, "dataset is set, but kind = text reads no dataset"),
         ({"kind": "jsonl", "paths": ["a"], "validation_split": "v"}, "validation_split is set, but kind = jsonl"),
         ({"validation_split": "v"}, "validation_split is set, but kind = python-stdlib"),
+        (
+            {"kind": "huggingface", "dataset": "x", "validation_split": "v", "hold_out": "ends"},
+            "validation_split says what is held out",
+        ),
         (
             {"kind": "parquet", "paths": ["a"], "separator": ""},
             "separator is set, but kind = parquet reads no separator",
@@ -431,7 +437,9 @@ def test_a_recipe_is_named_after_its_file_and_has_a_folder(tmp_path: Path) -> No
     assert Recipe(out=Path("there")).folder == Path("there")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("*.toml"), *RECIPES.glob("speedrun/*.toml")]), ids=lambda path: path.stem
+)
 def test_every_recipe_loads(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem

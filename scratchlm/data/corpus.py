@@ -2,7 +2,7 @@
 
 A corpus is read as a stream: one document at a time is held in memory, whatever the size of the whole. Which documents are
 held out is decided by files of their own (`validation_paths`, `validation_split`) or by a hash of the document's name, so
-that neither the order nor the rest of the corpus has a say in it.
+that neither the order nor the rest of the corpus has a say in it; or the end of each document is held out (`hold_out = "ends"`).
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def cut_end(utf8: bytes, fraction: float) -> tuple[bytes, bytes]:
+    """A document's begin and the `fraction` of its bytes at its end; no character is cut (the one at the place goes to the begin)."""
+    place = int(len(utf8) * (1 - fraction))
+    while place < len(utf8) and utf8[place] & 0xC0 == 0x80:
+        place += 1
+    return utf8[:place], utf8[place:]
+
+
 def valid_utf8(data: bytes, config: CorpusConfig, where: str, offset: int = 0) -> bytes:
     """`data` if it is UTF-8, else what `config.encoding_errors` makes of it; b"" for a document to skip.
 
@@ -116,8 +124,14 @@ class Corpus(ABC):
         separate = self.has_own_validation()
         stream = (document for document in self.stream(split if separate else "train") if document.utf8)
         found = False
+        fraction, by_ends = self.config.validation_fraction, self.config.hold_out == "ends" and not separate
         for document in itertools.islice(stream, self.config.max_documents):
-            if separate or is_held_out(document.name, self.config.validation_fraction) == (split == "validation"):
+            if by_ends:
+                begin, end = cut_end(document.utf8, fraction)
+                document = Document(document.name, end if split == "validation" else begin)
+            elif not separate and is_held_out(document.name, fraction) != (split == "validation"):
+                continue
+            if document.utf8:
                 found = True
                 yield document
         if not found:
@@ -167,6 +181,8 @@ class Corpus(ABC):
         values = {name: getattr(self.config, name) for name in (*shared, *fields)}
         if not self.has_own_validation():
             values["validation_fraction"] = self.config.validation_fraction
+            if self.config.hold_out != "documents":  # which it was before there was a choice
+                values["hold_out"] = self.config.hold_out
         return stable_hash({"fields": values, "content": content}, length=32)
 
 

@@ -269,19 +269,30 @@ SHORT = 512
 """Up to this length a mask costs less than the operations of attention in blocks."""
 
 
+SHORT_COMPILED = 1024
+"""On a CPU, up to this length, attention in blocks is faster inside torch.compile than torch's kernel."""
+
+SHORT_TRAINED = 256
+"""And up to this one also without the compiler, in bf16, whose backward pass in torch's kernel is slow: 3.9 times at 32 tokens, 2.6 at 64, 1.1
+at 128, 1.6 at 256. (1.2 at 512, but there the scores that blocks keep weigh more than that.)"""
+
+
 def auto_attention(
     q: Queries, k: Keys, v: Values, visible: Visibility | None = None, scores: Scores = PLAIN
 ) -> Mixed:
     """The fastest for the place.
 
-    Blocks where they leave out work (a mask with a plan), where torch's kernel cannot go (a soft cap) or is slower (a short
-    compiled sequence on a CPU); torch's kernel elsewhere, also for sinks in a short text that is only read.
+    Blocks where they leave out work (a mask with a plan), where torch's kernel cannot go (a soft cap) or is slower (on a CPU a short sequence that is
+    compiled, or a shorter one in bf16 that has a backward pass); torch's kernel elsewhere, also for sinks in a short text that is only read.
     """
     from scratchlm.kernels.blocked_attention import blocked_attention
 
     whole = q.shape[-2] == k.shape[-2]
     sparse = visible is not None and visible.planned and not visible.rule.is_plain_causal
-    short_on_cpu = q.device.type == "cpu" and torch.compiler.is_compiling() and q.shape[-2] <= 1024
+    short_on_cpu = q.device.type == "cpu" and (
+        (torch.compiler.is_compiling() and q.shape[-2] <= SHORT_COMPILED)
+        or (q.dtype == torch.bfloat16 and q.requires_grad and q.shape[-2] <= SHORT_TRAINED)
+    )
     if whole and q.shape[-2] <= SHORT and not scores.dropout and _flash_tells_sums(q, k, v, visible, scores):
         return sdpa_attention(q, k, v, visible, scores)
     if whole and (sparse or short_on_cpu or scores.soft_cap is not None):

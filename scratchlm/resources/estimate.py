@@ -17,7 +17,7 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.model.moe import ExpertLinear, MixtureOfExperts
 from scratchlm.model.transformer import Transformer
 from scratchlm.resources.depth import peak_of_deeper, shallow
-from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu
+from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu, as_on_a_gpu
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation, Trace
 from scratchlm.train.fitting import MARGIN, Need, largest
@@ -204,7 +204,9 @@ def estimate(
         config = config.model_copy(update={"attention_dropout": 0.0})
     length = config.context_length
     on_cpu = not fused_dropout if machine is None else machine.is_cpu
-    if compiled and on_cpu:
+    if not on_cpu:
+        config = as_on_a_gpu(config, length)
+    elif compiled:
         config = as_compiled_on_a_cpu(config, length)
 
     prepared = Traceable(config, recipe.optim, recipe.train)

@@ -12,7 +12,7 @@ import torch
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
-from scratchlm.resources.step import as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import as_compiled_on_a_cpu, as_on_a_gpu, trace_step
 from scratchlm.train.fitting import Need, Plan
 
 
@@ -22,11 +22,12 @@ def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, on_c
     Args:
         config: the architecture, with its vocabulary.
         optim, train: sections of the recipe.
-        on_cpu: whether it will run on one: there compiled blocks take another attention.
+        on_cpu: whether it will run on one: there short sequences take another attention.
     """
 
     def need(micro_batch: int, parts: int, precision: str, compiled: bool) -> Need:
-        model = as_compiled_on_a_cpu(config, config.context_length) if compiled and on_cpu else config
+        place = as_on_a_gpu if not on_cpu else as_compiled_on_a_cpu if compiled else None
+        model = config if place is None else place(config, config.context_length)
         options: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
         trace = trace_step(model, optim, train, micro_batch=micro_batch, **options).memory
         state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")

@@ -14,6 +14,8 @@ from torch import Tensor
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.kernels import cross_entropy
+from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
+from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
@@ -56,8 +58,16 @@ class Step:
 
 def as_compiled_on_a_cpu(config: ModelConfig, length: int) -> ModelConfig:
     """The same with what ``auto`` attention takes inside torch.compile on a CPU: blocks, for short sequences."""
-    short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= 1024
+    short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= SHORT_COMPILED
     return config.model_copy(update={"attention_kernel": "blocked"}) if short else config
+
+
+def as_on_a_gpu(config: ModelConfig, length: int) -> ModelConfig:
+    """The same with what ``auto`` attention takes on a GPU where it takes something else on a CPU: torch's kernel for short causal sequences."""
+    plain = all(choices.MASK.get(config.mask_at(n)).of(config).is_plain_causal for n in range(config.layers))
+    short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= SHORT_TRAINED
+    other = short and plain and config.attention_soft_cap is None
+    return config.model_copy(update={"attention_kernel": "sdpa"}) if other else config
 
 
 class Traceable:

@@ -339,6 +339,22 @@ def test_the_embedded_corpus_needs_no_files(tmp_path: Path, monkeypatch: pytest.
     assert sum(split["documents"] for split in manifest["splits"].values()) == 30
 
 
+def test_the_speedrun_reads_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every character is a token, the last tenth of the text is held out, and all of it is judged."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"line {number}: to be, or not\n" for number in range(300))
+    (tmp_path / "play.txt").write_text(text)
+    recipe = Path(__file__).parents[2] / "recipes/speedrun/shakespeare-char.toml"
+    options = ["--train.steps", "2", "--generate.max-tokens", "3", "--corpus.paths", "play.txt"]
+    assert main(["run", str(recipe), *options]) == 0
+    manifest = json.loads(next(tmp_path.glob("runs/cache/data/*/manifest.json")).read_text())
+    whole = {name: sum(shard["tokens"] for shard in split["shards"]) for name, split in manifest["splits"].items()}
+    cut = int(len(text) * 0.9)
+    assert whole == {"train": cut + 1, "validation": len(text) - cut + 1}  # and the token that ends a document
+    judged = [line for line in records(tmp_path / "runs/shakespeare-char") if line["kind"] == "validation"]
+    assert len(judged) == 1 and 0 < judged[0]["bits_per_byte"] < 9
+
+
 def test_help_names_every_command_and_every_field(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     overview = capfd.readouterr().out

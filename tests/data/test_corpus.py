@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from scratchlm.config import CorpusConfig
 from scratchlm.data import Document, open_corpus
-from scratchlm.data.corpus import is_held_out
+from scratchlm.data.corpus import cut_end, is_held_out
 from scratchlm.data.stdlib import stdlib_files
 from scratchlm.data.text import open_bytes, split_blocks
 from scratchlm.errors import UserError
@@ -335,6 +335,37 @@ def test_validation_paths_are_held_out_even_if_a_glob_finds_them_too(tmp_path):
     )
     assert texts(config) == ["train1 a", "train1 b", "train2 a", "train2 b"]
     assert texts(config, "validation") == ["valid a", "valid b"]
+
+
+@given(
+    documents=st.lists(st.text(alphabet="abé€😀\n", max_size=40), min_size=1, max_size=5),
+    fraction=st.sampled_from([0.0, 0.1, 0.5, 0.999]),
+)
+def test_ends_of_documents_are_held_out_without_cutting_a_character(documents, fraction):
+    """Begin and end make the document again; the end has the share of its bytes, but for the character at the place."""
+    for document in documents:
+        begin, end = cut_end(document.encode(), fraction)
+        assert begin.decode() + end.decode() == document
+        exact = int(len(document.encode()) * (1 - fraction))
+        assert exact <= len(begin) < exact + 4 and (fraction or not end)
+
+
+def test_the_end_of_one_text_is_held_out_as_nanogpt_does(tmp_path):
+    path = tmp_path / "a.txt"
+    data = "".join(f"line {number}\n" for number in range(9973))
+    path.write_text(data)
+    config = text_config(path, separator="", validation_fraction=0.1, hold_out="ends")
+    n = len(data)
+    assert texts(config) == [data[: int(n * 0.9)]] and texts(config, "validation") == [data[int(n * 0.9) :]]
+    two = text_config(path, separator="line 5000\n", validation_fraction=0.1, hold_out="ends")
+    assert len(texts(two)) == len(texts(two, "validation")) == 2
+    with pytest.raises(UserError, match="no validation documents"):
+        texts(text_config(path, separator="", validation_fraction=0.0, hold_out="ends"), "validation")
+    with pytest.raises(UserError, match="validation_paths says what is held out"):
+        text_config(path, validation_paths=[str(path)], hold_out="ends")
+    one = open_corpus(config).fingerprint(show_progress=False)
+    other = config.model_copy(update={"hold_out": "documents"})
+    assert one != open_corpus(other).fingerprint(show_progress=False)
 
 
 def test_max_documents(tmp_path):

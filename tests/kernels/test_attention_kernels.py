@@ -394,12 +394,18 @@ def test_float64_is_computed_in_float64() -> None:
         torch.testing.assert_close(kernel(*tensors), exact, rtol=1e-12, atol=1e-12)
 
 
-def test_auto_takes_blocks_in_short_compiled_cpu_graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_blocks_on_a_cpu_where_they_are_faster_only(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     monkeypatch.setattr(blocked, "blocked_attention", lambda *_: called.append("blocked"))
     monkeypatch.setattr(kernels, "sdpa_attention", lambda *_: called.append("sdpa"))
     auto_attention(*drawn(5))
+    auto_attention(*drawn(5, dtype=torch.bfloat16))  # no backward pass
+    for length in (256, 257):
+        q, k, v = drawn(length, width=2, lead=(), dtype=torch.bfloat16)
+        auto_attention(q.requires_grad_(), k, v)
+    assert called == ["sdpa", "sdpa", "blocked", "sdpa"]
+    called.clear()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     auto_attention(*drawn(1024, width=2, lead=()))
     auto_attention(*drawn(1025, width=2, lead=()))
-    assert called == ["sdpa", "blocked", "sdpa"]
+    assert called == ["blocked", "sdpa"]

@@ -21,7 +21,7 @@ from scratchlm.resources.estimate import (
     model_of,
     vocabulary,
 )
-from scratchlm.resources.step import Traceable, as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import Traceable, as_compiled_on_a_cpu, as_on_a_gpu, trace_step
 from scratchlm.resources.timing import Datasheet
 
 SMALL: dict[str, Any] = {"vocab_size": 400, "context_length": 64, "d_model": 48, "layers": 3, "heads": 4}
@@ -245,6 +245,33 @@ def test_inside_a_compiler_a_cpu_takes_attention_in_blocks() -> None:
     assert as_compiled_on_a_cpu(config, 2048) is config
     named = config.model_copy(update={"attention_kernel": "sdpa"})
     assert as_compiled_on_a_cpu(named, 512) is named
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "sdpa"),
+        ({"context_length": 512}, "auto"),  # is the same on both
+        ({"mask": ["causal", "sliding_window"], "window": 8}, "auto"),
+        ({"attention_soft_cap": 30.0}, "auto"),
+        ({"attention_kernel": "reference"}, "reference"),
+        ({"kernels": "reference"}, "auto"),
+    ],
+)
+def test_on_a_gpu_short_sequences_in_bf16_take_torchs_attention(changes: dict[str, Any], kernel: str) -> None:
+    config = model_of(recipe(model=changes))
+    assert as_on_a_gpu(config, config.context_length).attention_kernel == kernel
+
+
+def test_the_estimate_follows_what_the_place_takes() -> None:
+    """In bf16 a CPU computes the scores of 64 tokens by products, a GPU by one kernel."""
+    names = {}
+    for kind, fused in (("cpu", False), ("cuda", True)):
+        machine = Datasheet(find("h100").model_copy(update={"kind": kind}))
+        found = estimate(recipe(), precision="bf16", machine=machine, savings=False, fused_dropout=fused)
+        names[kind] = {operation.name for operation in found.operations if "attention" in operation.component}
+    assert any("scaled_dot_product" in name for name in names["cuda"])
+    assert "bmm" in names["cpu"] and not any("scaled_dot_product" in name for name in names["cpu"])
 
 
 def test_dropout_inside_attention_keeps_scores_unless_it_is_fused() -> None:

@@ -1,0 +1,87 @@
+"""Tiny Shakespeare by characters: our recipe's wall-clock beside nanoGPT's recipe, everything included.
+
+    python benchmarks/speedrun.py --text tinyshakespeare.txt --rounds 3 --out docs/results/speedrun
+
+Each run is a process from its first import to its last line, ours `scratchlm run` in a fresh folder without any cache of tokenizers or shards: tokenizer, data,
+training, evaluation, samples, report. Theirs is the recipe of nanoGPT's README for a CPU on a module of our own (``gpt2_style.py``): its own code is
+not at hand here. In turns, one seed per round; the loss is that of the whole held-out text, in nats per character. The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from scratchlm.evaluate.environment import describe_environment
+from scratchlm.files import write_json
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE.parent / "recipes/speedrun/shakespeare-char.toml"
+
+
+def ours(text: Path, threads: int, seed: int, folder: Path) -> float:
+    command = [
+        sys.executable,
+        "-m",
+        "scratchlm",
+        "run",
+        str(RECIPE),
+        "--corpus.paths",
+        str(text),
+        "--seed",
+        str(seed),
+    ]
+    options = ["--threads", str(threads), "--out", str(folder / "run"), "--data.cache", str(folder / "cache")]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "validation"][-1]
+    return float(found["bits_per_byte"]) * math.log(2)
+
+
+def theirs(text: Path, threads: int, seed: int, folder: Path) -> float:
+    command = [sys.executable, str(HERE / "gpt2_style.py"), str(text), str(threads), str(seed)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["loss"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+    found: dict[str, list[dict[str, float]]] = {"scratchlm": [], "nanogpt-recipe": []}
+    for seed in range(given.rounds):
+        for name, run in (("scratchlm", ours), ("nanogpt-recipe", theirs)):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                loss = run(given.text.resolve(), given.threads, seed, Path(folder))
+                found[name].append({"seed": seed, "loss": loss, "seconds": time.perf_counter() - start})
+            print(f"{name}, seed {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    result: dict[str, Any] = {
+        "benchmark": "speedrun",
+        "command": "python benchmarks/speedrun.py " + " ".join(sys.argv[1:]),
+        "environment": describe_environment(),
+        "threads": given.threads,
+        "runs": found,
+        "seconds": seconds,
+        "loss": {name: max(run["loss"] for run in runs) for name, runs in found.items()},
+        "times_as_fast": seconds["nanogpt-recipe"] / seconds["scratchlm"],
+    }
+    if given.out is not None:
+        write_json(given.out / "shakespeare-char.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
