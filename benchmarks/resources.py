@@ -54,6 +54,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     ),
     "accumulation": case(train={"accumulation": 4}, rows=4),
     "checkpointing": case(train={"activation_checkpointing": "blocks"}),
+    "checkpointing, selective": case("bf16", train={"activation_checkpointing": "selective"}),
     "checkpointing, deep": case("bf16", model={"layers": 12}, train={"activation_checkpointing": "blocks"}),
     "dense fp32, compiled": case(compile=True),
     "dense bf16, compiled": case("bf16", compile=True),

@@ -282,10 +282,10 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
     )
-    activation_checkpointing: Literal["none", "blocks"] = Field(
+    activation_checkpointing: Literal["none", "selective", "blocks"] = Field(
         default="none",
         description="blocks: a block keeps its input alone and computes the rest again in the backward pass; less memory, about a "
-        "third more FLOPs.",
+        "third more FLOPs. selective: it also keeps what its linear layers and fused attention give; norms, activations and casts are computed again.",
     )
     loss_kernel: Literal["auto", "reference", "chunked"] = Field(
         default="auto", description="chunked: head and cross-entropy by rows, never holding all logits."

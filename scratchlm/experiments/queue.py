@@ -2,9 +2,9 @@
 
 ::
 
-    plan ──► runs not finished ──► slot 1: python -m scratchlm.experiments.trial …  ──► result.json │ failure.json
-      ▲                            slot 2: …                                                        │
-      └─────────────────────────────────────────────────────────────────────────────────────────────┘
+    plan ──► runs not finished ──► slot 1: a process (trial.py) ──► result.json │ failure.json
+      ▲                            slot 2: …                                      │
+      └───────────────────────────────────────────────────────────────────────────┘
 
 The queue keeps nothing in memory that is not on disk: whoever kills it loses nothing, and the same command goes on. Processes end with
 the queue, after writing a checkpoint if they are given the time.
@@ -32,6 +32,7 @@ from scratchlm.experiments.results import FAILURE, Failure, Result
 from scratchlm.processes import cores
 
 _POLL = 0.2
+_PROCESS = "import sys; from scratchlm.experiments.trial import main; sys.exit(main())"  # -m warns of a module imported twice
 _GRACE = 60.0
 """Seconds that a run has to write its checkpoint when the queue is stopped."""
 
@@ -142,7 +143,7 @@ class Queue:
         )  # Ctrl-C reaches the queue alone
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "scratchlm.experiments.trial", f"{place}.toml", trial.key],
+                [sys.executable, "-c", _PROCESS, f"{place}.toml", trial.key],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,4 +1,4 @@
-"""One run of an experiment, in a process of its own: ``python -m scratchlm.experiments.trial RECIPE.toml``.
+"""One run of an experiment, in a process of its own that :mod:`scratchlm.experiments.queue` starts.
 
 The run is an ordinary one, in an ordinary run folder, trained as ``scratchlm train`` does. What it came to is written beside it when it is
 complete, and why it failed if it does. Killed at any moment, it goes on from its last checkpoint the next time; it stops by itself when whoever
@@ -129,7 +129,3 @@ def main(arguments: list[str] | None = None) -> int:
 def _existing(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-if __name__ == "__main__":
-    sys.exit(main())

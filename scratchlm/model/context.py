@@ -89,7 +89,8 @@ class Context:
         valid: False for padding among the new tokens, (batch, length); None: there is none.
         routers: every router of the pass appends its record here; none does where there is a cache, in generation.
         memo: what positions computed for one layer and others ask for again.
-        checkpointing: a block keeps only its input for the backward pass, and computes the rest again there.
+        checkpointing: ``blocks``: a block keeps only its input for the backward pass, and computes the rest again there; ``selective``: it also keeps
+            the results of its linear layers and of fused attention; ``none``.
     """
 
     positions: Int[Tensor, "... length"] | None = None
@@ -99,4 +100,4 @@ class Context:
     valid: Bool[Tensor, "batch length"] | None = None
     routers: list[RouterRecord] = field(default_factory=list)
     memo: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    checkpointing: bool = False
+    checkpointing: str = "none"

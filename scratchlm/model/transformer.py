@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scratchlm.errors import UserError
 from scratchlm.kernels.functions import soft_cap
 from scratchlm.kernels.visibility import Visibility
 from scratchlm.model import choices
+from scratchlm.model.checkpointing import checkpointed
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.context import Cache, Context, RouterRecord
 from scratchlm.model.linear import Embedding, Linear
@@ -22,13 +22,6 @@ from scratchlm.model.mask import visibility
 from scratchlm.model.norm import NoNorm, norm_of
 from scratchlm.model.position import Positions
 from scratchlm.model.prediction import PredictionModule
-
-
-def _checkpointed(block: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """`block(x, context)`, of which only x is kept: the backward pass calls the block again (Chen et al. 2016, arXiv 1604.06174)."""
-    made: Tensor = checkpoint(block, x, context, use_reentrant=False)
-    return made
-
 
 Body = Callable[[Tensor, Context], tuple[Tensor, list[RouterRecord]]]
 
@@ -159,7 +152,7 @@ class Transformer(nn.Module):
         ids in whatever order its threads come, so that two equal runs would differ in the last digit."""
         context = replace(context, routers=[])
         for block in self.blocks:
-            x = _checkpointed(block, x, context) if context.checkpointing else block(x, context)
+            x = block(x, context) if context.checkpointing == "none" else checkpointed(block, x, context)
         return self.norm(x), context.routers
 
     def hidden(

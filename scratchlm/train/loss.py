@@ -55,7 +55,8 @@ class NextTokenLoss:
         kernel: ``reference`` (all logits) or ``chunked``; ``auto`` is chunked.
         z_loss: weight of the squared log-normaliser of the language model's softmax.
         mtp_weight: weight of the multi-token predictions (λ in DeepSeek-V3, eq. 25).
-        checkpointing: ``blocks``: a block keeps only its input for the backward pass; ``none``.
+        checkpointing: what blocks keep for the backward pass: all (``none``), their inputs (``blocks``), or those and the results of their
+            products (``selective``).
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class NextTokenLoss:
         self.kernel = "chunked" if kernel == "auto" else kernel
         self.options = HeadOptions(model.config.logit_scale, model.config.logit_soft_cap, z_loss)
         self.mtp_weight = mtp_weight
-        self.checkpointing = checkpointing == "blocks"
+        self.checkpointing = checkpointing
         self.body = model.body
         self.compiled = False
         self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0

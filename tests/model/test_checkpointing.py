@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from model_variants import VARIANTS, build, random_ids
 from test_variants import Batch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scratchlm.model import ModelConfig
 from scratchlm.train.loss import NextTokenLoss
@@ -32,20 +35,52 @@ def objective_and_gradients(config: ModelConfig, checkpointing: str, *, compile:
     ]
 
 
+HOW = ("selective", "blocks")
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
-def test_the_same_to_the_last_digit(config: ModelConfig) -> None:
-    plain, checkpointed = (objective_and_gradients(config, how) for how in ("none", "blocks"))
+def test_the_same_to_the_last_digit(config: ModelConfig, how: str) -> None:
+    plain, checkpointed = (objective_and_gradients(config, which) for which in ("none", how))
     assert len(plain) == len(checkpointed)
     for one, other in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_dropout_falls_on_the_same_places() -> None:
+@pytest.mark.parametrize("checkpointing", HOW)
+def test_dropout_falls_on_the_same_places(checkpointing: str) -> None:
     config = ModelConfig(
         vocab_size=50, d_model=16, layers=2, heads=2, context_length=32, residual_dropout=0.5, attention_dropout=0.5
     )
-    for one, other in zip(*(objective_and_gradients(config, how) for how in ("none", "blocks")), strict=True):
+    for one, other in zip(*(objective_and_gradients(config, how) for how in ("none", checkpointing)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_products_are_not_computed_again_where_only_the_rest_is_checkpointed() -> None:
+    """Of the linear layers' and of torch's attention there are as many calls as without; of the norms there are more."""
+    config = ModelConfig(vocab_size=50, d_model=16, layers=3, heads=2, context_length=32, attention_kernel="sdpa")
+    calls: dict[str, Counter[str]] = {}
+    for how in ("none", *HOW):
+        with Calls() as calls_of:
+            objective_and_gradients(config, how)
+        calls[how] = calls_of.found
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    for name, times in (("aten::mm", 3 * 3), (flash, 3)):  # the last product of a block nobody asks for again
+        assert calls["selective"][name] == calls["none"][name]
+        assert calls["blocks"][name] == calls["none"][name] + times
+    assert calls["selective"]["aten::rsqrt"] == calls["blocks"]["aten::rsqrt"] > calls["none"]["aten::rsqrt"]
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_only_the_blocks_inputs_are_kept() -> None:
@@ -61,7 +96,7 @@ def test_only_the_blocks_inputs_are_kept() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden, _ = model.run(ids, replace(model.context(ids), checkpointing=how == "blocks"))
+            hidden, _ = model.run(ids, replace(model.context(ids), checkpointing=how))
         kept.append(sum(saved.values()))
         del hidden
     one = 2 * 25 * 16 * 4
@@ -71,8 +106,9 @@ def test_only_the_blocks_inputs_are_kept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_as_well() -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_compiled_as_well(how: str) -> None:
     config = ModelConfig(vocab_size=50, d_model=16, layers=2, heads=2, context_length=32)
-    eager, compiled = (objective_and_gradients(config, "blocks", compile=on) for on in (False, True))
+    eager, compiled = (objective_and_gradients(config, how, compile=on) for on in (False, True))
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

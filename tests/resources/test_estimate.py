@@ -141,6 +141,7 @@ def test_what_could_be_saved() -> None:
         "bf16 autocast",
         "half the micro-batch, twice the accumulation",
         "chunked loss",
+        "checkpointing all but products",
         "checkpointing whole blocks",
         "optimizer states in 8 bits",
     }
@@ -157,8 +158,17 @@ def test_what_could_be_saved() -> None:
 def test_checkpointing_is_traced() -> None:
     model = {"layers": 6, "context_length": 256}
     found = estimate(recipe(train={"batch_size": 16}, model=model), precision="bf16")
-    train = {"batch_size": 16, "activation_checkpointing": "blocks"}
-    less = estimate(recipe(train=train, model=model), precision="bf16")
+    some, less = (
+        estimate(recipe(train={"batch_size": 16, "activation_checkpointing": how}, model=model), precision="bf16")
+        for how in ("selective", "blocks")
+    )
+    assert some.memory.peak == found.savings["checkpointing all but products"]
+    assert less.memory.peak < some.memory.peak < 0.8 * found.memory.peak
+    scores = 2 * 16 * 256 * 256 * 6 * 4 * 12 / (16 * 256)  # of the products in attention alone, q times k
+    assert found.forward_flops == some.forward_flops
+    assert 0 < some.backward_flops - found.backward_flops <= 2 * scores, (
+        "scores and mixtures once more, no linear layer"
+    )
     assert less.memory.peak == found.savings["checkpointing whole blocks"] < 0.8 * found.memory.peak
     assert "checkpointing whole blocks" not in less.savings
     assert less.forward_flops == found.forward_flops
