@@ -116,6 +116,12 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tup
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
+def rows_for(vocab: int, *, compiled: bool) -> int:
+    """Tokens per block: 1,024, where the pointwise part is one pass; where it leaves copies behind, fewer for a large vocabulary, whose block then
+    has at most 2²⁵ logits, but 128 at least."""
+    return 1024 if compiled else max(128, min(1024, 1 << (2**25 // vocab).bit_length() >> 1))
+
+
 def blocks_of(tokens: int, rows: int) -> list[slice]:
     """Which tokens' logits are there together, one block after the other."""
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
@@ -181,7 +187,7 @@ def chunked_linear_cross_entropy(
     options: HeadOptions = PLAIN_HEAD,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
-    rows: int = 1024,
+    rows: int | None = None,
     compiled: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Same sums as :func:`reference_linear_cross_entropy`, `rows` tokens at a time, gradients computed in the forward.
@@ -195,12 +201,13 @@ def chunked_linear_cross_entropy(
         weight, bias: the head's.
         targets: int64; IGNORE_INDEX counts for nothing.
         options: scale, soft cap, z-loss.
-        rows: tokens per block.
+        rows: tokens per block; None: :func:`rows_for`.
         compiled: run the pointwise part through torch.compile.
 
     Returns:
         The objective summed over tokens, and the cross-entropy alone, which has no gradient.
     """
+    rows = rows or rows_for(weight.shape[0], compiled=compiled)
     flat = x.reshape(-1, x.shape[-1])
     # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.
     asking = any(given.requires_grad for given in (x, weight, bias) if given is not None)

@@ -128,6 +128,7 @@ class Traceable:
             changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
             train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
             loss = NextTokenLoss(self.model, **loss_options(train))
+            loss.rows = cross_entropy.rows_for(self.config.vocab_size, compiled=compiled)
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
             tracer = Tracer(self.model)

@@ -75,6 +75,7 @@ class NextTokenLoss:
         self.checkpointing = checkpointing
         self.body = model.body
         self.compiled = False
+        self.rows: int | None = None  # of the chunked loss; None: the kernel's own
         self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0
         self._forget()
 
@@ -123,7 +124,7 @@ class NextTokenLoss:
         if self.kernel == "reference":
             return reference_linear_cross_entropy(hidden, weight, targets, self.options, bias=bias)
         return chunked_linear_cross_entropy(
-            hidden, weight, targets, self.options, bias=bias, compiled=self.compiled
+            hidden, weight, targets, self.options, bias=bias, rows=self.rows, compiled=self.compiled
         )
 
     def _predictions(

@@ -83,6 +83,13 @@ def test_by_rows_is_torchs(lead: tuple[int, ...], ignored: float, rows: int) -> 
     )
 
 
+def test_blocks_of_a_large_vocabulary_have_fewer_tokens_where_nothing_is_compiled() -> None:
+    assert [kernels.rows_for(vocab, compiled=False) for vocab in (1, 8192, 32768, 32769, 50257, 100_000, 2**24)] == [
+        1024, 1024, 1024, 512, 512, 256, 128,
+    ]  # fmt: skip
+    assert kernels.rows_for(100_000, compiled=True) == 1024
+
+
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(0, 12), rows=st.integers(1, 14), vocab=st.integers(1, 6), ignored=st.floats(0, 1))
 def test_any_sizes(tokens: int, rows: int, vocab: int, ignored: float) -> None:
