@@ -43,18 +43,19 @@ def band(trials: Sequence[Trial], x: str, outcome: Outcomes, unit: str) -> Curve
 
     Args:
         trials: of one row.
-        x: ``tokens``, ``flops``, or ``seconds`` at each run's median speed: without compiling, validations and what else the machine did.
+        x: ``tokens``, ``flops``, or ``seconds`` at the speed of the fastest seed: without compiling, validations and what else the machine did.
         outcome: what became of a trial.
         unit: "bits per byte", else nats per token are drawn.
     """
     curves = []
+    speed = max((one.tokens_per_second for t in trials if isinstance(one := outcome(t), Result)), default=math.nan)
     for trial in trials:
         found = outcome(trial)
         curve = curve_of(trial.folder)
         losses = curve["bits_per_byte" if unit == "bits per byte" else "loss"]
         if not isinstance(found, Result) or not len(losses):
             continue
-        scale = {"tokens": 1.0, "flops": found.flops_per_token, "seconds": 1 / found.tokens_per_second}[x]
+        scale = {"tokens": 1.0, "flops": found.flops_per_token, "seconds": 1 / speed}[x]
         along = curve["tokens"] * scale
         finite = np.isfinite(losses)
         if finite.any():
@@ -74,7 +75,7 @@ def curves_figure(comparison: Comparison, outcome: Outcomes) -> Figure | None:
     """Validation loss against tokens, FLOPs and seconds; None before any run has a curve."""
     figure = new_figure("light", _WIDE, 4.4)
     panels = figure.subplots(1, 3, sharey=True)
-    labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds (at the median speed)"}
+    labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds (at the fastest seed's speed)"}
     drawn = False
     shown: list[np.ndarray] = []
     for axes, (x, label) in zip(panels, labels.items(), strict=True):

@@ -15,7 +15,7 @@ import pytest
 from test_plan import POST, RESULT, planner
 
 from scratchlm.experiments.comparison import Comparison, as_csv, as_markdown, as_records, compare
-from scratchlm.experiments.pictures import sweep_figure
+from scratchlm.experiments.pictures import band, sweep_figure
 from scratchlm.experiments.plan import Planner, Trial
 from scratchlm.experiments.report import render_report, write_pictures
 from scratchlm.experiments.results import Failure, Result, count_spikes, curve_of, load_outcome
@@ -209,6 +209,21 @@ def test_the_report_needs_nothing_but_itself_and_shows_all_of_it(small: Path) ->
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
     write_pictures(judged(made, lambda t: None), made.plan(lambda t: None), lambda t: None, folder)
     assert [path.name for path in folder.iterdir()] == ["batches.png"]  # drawn from curves, which are still there
+
+
+def test_a_slow_seed_does_not_stretch_the_axis_of_seconds(small: Path) -> None:
+    """Seconds are those of the fastest seed: what slowed another from outside is not the choice's doing."""
+    plan = planner(small, f"seeds = 2\n{POST}").plan(by_losses)
+    trials = [trial for trial in plan.trials if trial.variant == "post"]
+    for trial in trials:
+        write_metrics(trial, [4.0 + trial.seed, 3.0, 2.0 + trial.seed])
+    found = band(
+        trials, "seconds", lambda t: replace(RESULT, tokens_per_second=100.0 / (1 + t.seed)), "nats per token"
+    )
+    assert found is not None
+    seconds, mean, low, high = found
+    assert (seconds[0], seconds[-1]) == (1024 / 100, 3 * 1024 / 100)
+    assert (mean[0], low[0], high[0]) == (4.5, 4.0, 5.0) and (mean[-1], low[-1], high[-1]) == (2.5, 2.0, 3.0)
 
 
 def lines_of(comparison: Comparison) -> dict[str, list[tuple[float, float]]]:
