@@ -1,12 +1,17 @@
 """The course's experiments: run what is not finished, and gather tables, pictures and figures.
 
 Run: ``python benchmarks/lecture3.py [NAMES …] [--jobs 2] [--work runs/lecture3] [--out docs/results/lecture3]``; without names all of
-recipes/experiments. Hours on two cores; stopped, the same command goes on. Equal runs are made once for all experiments.
+recipes/experiments. Hours on two cores; stopped, the same command goes on. Equal runs are made once for all experiments. The page README.md in the
+output folder gets its short tables from here; its words are a person's.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +19,47 @@ from scratchlm.experiments import Ablation, load_experiment
 
 SPECS = Path(__file__).resolve().parent.parent / "recipes/experiments"
 KEPT = ("table.md", "table.csv", "results.json")
+
+
+def short_table(folder: Path) -> str:
+    """An experiment's table.csv as the page shows it: losses, differences, verdicts."""
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    in_bits = json.loads((folder / "results.json").read_text(encoding="utf-8"))["judged_by"] == "bits per byte"
+    measure, title = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss, nats per token")
+    rates = any(row["rate"] for row in rows)
+    lines = [
+        f"| variant |{' learning rates |' * rates} {title} | difference, 95 % interval | verdict |",
+        f"| --- |{' --- |' * rates} ---: | ---: | --- |",
+    ]
+    for row in rows:
+        loss, error, difference = (
+            _number(row[measure]),
+            _number(row[f"{measure}_error"]),
+            _number(row["difference"]),
+        )
+        shown = "–" if math.isnan(loss) else f"{loss:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+        apart = ""
+        if not math.isnan(difference):
+            apart = f"{difference:+.3f}"
+            if row["low"]:
+                apart += f" [{_number(row['low']):+.3f}, {_number(row['high']):+.3f}]"
+        cells = [row["variant"], *([f"×{float(row['factor']):g} ({row['rate']})"] if rates else [])]
+        lines.append("| " + " | ".join([*cells, shown, apart.replace("-", "−"), row["verdict"]]) + " |")
+    return "\n".join(lines)
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with the tables of `folder`: each stands between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- table {found[1]} -->\n{short_table(folder / found[1])}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -34,6 +80,9 @@ def main() -> None:
         target.mkdir(parents=True)
         for file in [*(folder / name for name in KEPT), *sorted((folder / "pictures").glob("*.png"))]:
             shutil.copy(file, target)
+    page = given.out / "README.md"
+    if page.exists():
+        page.write_text(filled(page.read_text(encoding="utf-8"), given.out), encoding="utf-8")
 
 
 if __name__ == "__main__":
