@@ -75,7 +75,11 @@ def curves_figure(comparison: Comparison, outcome: Outcomes) -> Figure | None:
     """Validation loss against tokens, FLOPs and seconds; None before any run has a curve."""
     figure = new_figure("light", _WIDE, 4.4)
     panels = figure.subplots(1, 3, sharey=True)
-    labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds (at the fastest seed's speed)"}
+    labels = {
+        "tokens": "tokens",
+        "flops": "training FLOPs",
+        "seconds": "training seconds (at the fastest seed's speed)",
+    }
     drawn = False
     shown: list[np.ndarray] = []
     for axes, (x, label) in zip(panels, labels.items(), strict=True):

@@ -146,6 +146,15 @@ class KVCache:
         ends[name] = end + count
         return buffer.narrow(-2, end - held, held + count)
 
+    def slots(self, layer: int) -> dict[str, Tensor]:
+        """Name → all slots of this layer, (batch, …, max_length, width), filled or not; empty before the first token."""
+        return self._slots[layer]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some row has padding."""
+        return self._valid is not None
+
     def state(self, layer: int) -> dict[str, Tensor]:
         """What this layer keeps instead of slots; empty before the first token."""
         return self._states[layer]

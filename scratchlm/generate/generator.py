@@ -13,6 +13,7 @@ from torch import Tensor
 from scratchlm.config import GenerateConfig
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
+from scratchlm.generate.fused_step import FusedStep, fused_step
 from scratchlm.generate.sampling import row_generator, sample
 from scratchlm.progress import progress
 from scratchlm.section import validate
@@ -20,6 +21,11 @@ from scratchlm.section import validate
 if TYPE_CHECKING:
     from scratchlm.model import Transformer
     from scratchlm.tokenizer import Tokenizer
+
+
+FUSED_FROM = 64
+"""Tokens from which on a text of its own is written with one compiled function per token (:mod:`scratchlm.generate.fused_step`): compiling takes some
+seconds, once per machine."""
 
 
 class Generator:
@@ -161,6 +167,7 @@ class Generator:
         room = min(self.context_length, max(map(len, prompts)) + config.max_tokens)
         prefixes = {row: len(ids) for row, ids in windows.items()}  # how much of each window is prompt
         cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
+        step = self._fused(cache, config.max_tokens)
         for left in range(config.max_tokens - 1, -1, -1):
             drawn = sample(
                 logits, config.temperature, config.top_k, config.top_p, [generators[row] for row in windows]
@@ -176,10 +183,18 @@ class Generator:
                 prefixes = {row: max(0, prefixes[row] - len(windows[row]) + len(slid[row])) for row in windows}
                 windows = slid
                 cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
+                step = self._fused(cache, config.max_tokens)
+            elif step is not None:
+                (window,) = windows.values()
+                logits = self._known_only(step(window[-1], len(window) - 1))
             else:
                 if len(going) < len(drawn):
                     cache.keep(going)
                 logits = self._next(cache, list(windows.values()))
+
+    def _fused(self, cache: KVCache, tokens: int) -> FusedStep | None:
+        """One compiled function per token, where that pays and the model allows it."""
+        return fused_step(self.model, cache) if tokens >= FUSED_FROM else None
 
     def _slide(self, window: list[int]) -> list[int]:
         if len(window) <= self.context_length:
@@ -219,6 +234,10 @@ class Generator:
             if training:
                 self.model.train()
         cache.advance(ids.shape[1])
-        if self._unknown is not None:
-            logits = logits.masked_fill(self._unknown.to(logits.device), float("-inf"))
-        return logits
+        return self._known_only(logits)
+
+    def _known_only(self, logits: Tensor) -> Tensor:
+        """Without the ids that the tokenizer does not know."""
+        if self._unknown is None:
+            return logits
+        return logits.masked_fill(self._unknown.to(logits.device), float("-inf"))

@@ -1,0 +1,173 @@
+"""Which models can be written with in one compiled function per token, and how (:mod:`scratchlm.kernels.decode_step`).
+
+The plain forward pass is the reference: the same logits up to rounding, and closer to exact ones in bf16, as sums and everything between products are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from scratchlm.generate.cache import KVCache
+from scratchlm.kernels.matmul import nobody_watches
+from scratchlm.model import Transformer
+
+_FEEDFORWARDS = {
+    "silu": "silu", "relu": "relu", "relu2": "relu2", "gelu": "gelu", "gelu_tanh": "gelu_tanh",
+    "swiglu": "silu", "reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "glu": "sigmoid",
+}  # fmt: skip
+"""Which activation each has; the others are not fused."""
+
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "block": ("serial",),
+    "norm": ("rmsnorm", "rmsnorm_noscale", "rmsnorm_unit_offset"),
+    "norm_placement": ("pre",),
+    "embedding_norm": (False,),
+    "embedding_scale": (1.0, 1),
+    "residual": ("plain",),
+    "qk_norm": ("none", "head"),
+    "qkv_clip": (None,),
+    "attention_bias": ((), [], ""),
+    "feedforward_bias": (False,),
+    "head_bias": (False,),
+    "attention_sinks": (False,),
+    "attention_soft_cap": (None,),
+    "logit_scale": (1.0, 1),
+    "logit_soft_cap": (None,),
+    "kernels": ("fast",),
+    "resolved_final_norm": (True,),
+}
+"""Fields and the values of theirs that the compiled function knows."""
+
+
+def why_not(model: Transformer) -> str | None:
+    """Why this model cannot be written with one compiled function per token; None: it can."""
+    config = model.config
+    for name, known in _PLAIN.items():
+        value = getattr(config, name)
+        if value not in known:
+            return f"model.{name} = {value}"
+    if config.feedforward not in _FEEDFORWARDS:
+        return f"model.feedforward = {config.feedforward}"
+    if config.moe.experts:
+        return "a mixture of experts"
+    for name, only in (("attention", {"mha"}), ("mask", {"causal"}), ("position", {"rope", "none"})):
+        if not set(getattr(config, name)) <= only:
+            return f"model.{name} = {list(getattr(config, name))}"
+    if any(len(set(kinds)) > 1 for kinds in (config.position, config.rope.theta, config.rope.scaling)):
+        return "positions that differ between layers"
+    if config.qk_norm != "none" and config.resolved_qk_norm_kind not in _PLAIN["norm"]:
+        return f"queries and keys normed by {config.resolved_qk_norm_kind}"
+    if not config.layers:
+        return "no layers"
+    tensors = [*model.parameters(), *model.buffers()]
+    dtype = model.head.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"weights in {dtype}"
+    for tensor in model.parameters():
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not nobody_watches(tensor.data, None):
+            return "weights of several dtypes, not contiguous, or watched"
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "not on a CPU"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "somebody watches its modules"
+    return None
+
+
+class FusedStep:
+    """Reads one token and gives the logits after it, for one row with a cache that other tokens have filled.
+
+    Weights are read where they lie: a step sees what training has changed in place, and the model must outlive it.
+
+    Args:
+        model: one for which :func:`why_not` has no reason.
+        cache: of one row without padding, in which something is.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        from scratchlm.kernels import compiled_rows, decode_step
+
+        config = model.config
+        self.model, self.cache = model, cache
+        self._call, self._loops = compiled_rows.call, decode_step.STEP
+        self._dtype, self._numbers_read = model.head.weight.dtype, sum(p.numel() for p in model.blocks.parameters())
+        self._held: list[Tensor] = []
+        rows = []
+        blocks: list[Any] = list(model.blocks)
+        for layer, block in enumerate(blocks):
+            attention, feedforward = block.attention, block.feedforward
+            slots = cache.slots(layer)
+            heads_norms = [getattr(attention, name) for name in ("q_norm", "k_norm")]
+            gains = [getattr(getattr(norm, "norm", None), "weight", None) for norm in heads_norms]
+            inner = feedforward.gate_up if feedforward.gated else feedforward.up
+            rows.append(
+                [
+                    self._address(tensor)
+                    for tensor in (
+                        block.attention_norm.weight, attention.qkv.weight, *gains, attention.output.weight,
+                        block.feedforward_norm.weight, inner.weight, feedforward.down.weight, slots["k"], slots["v"],
+                    )
+                ]
+            )  # fmt: skip
+        first = blocks[0]
+        normed = config.qk_norm != "none"
+        head_norm = first.attention.q_norm.norm if normed else None
+        self._table = torch.tensor(rows, dtype=torch.int64).numpy()
+        last: Any = model.norm
+        ends = (model.embedding.weight, last.weight, model.head.weight)
+        self._ends = torch.tensor([self._address(tensor) for tensor in ends]).numpy()
+        gated = first.feedforward.gated
+        width, inner_width = config.resolved_head_dim, (2 if gated else 1) * config.resolved_d_ff
+        activation = decode_step.ACTIVATIONS.index(_FEEDFORWARDS[config.feedforward])
+        self._sizes = torch.tensor(
+            [
+                config.heads, config.resolved_kv_heads, width, inner_width, cache.max_length, int(gated), activation, int(normed),
+                int(config.rope.pairs == "interleaved"), config.d_model,
+            ]
+        ).numpy()  # fmt: skip
+        scale = config.attention_scale if config.attention_scale is not None else width**-0.5
+        self._numbers = torch.tensor(
+            [
+                first.attention_norm.eps, first.attention_norm.offset,
+                *((head_norm.eps, head_norm.offset) if head_norm is not None else (0.0, 0.0)), scale,
+            ],
+            dtype=torch.float32,
+        ).numpy()  # fmt: skip
+        rotated = "rope" in config.position
+        table = first.attention.position.table if rotated else torch.empty(2, config.context_length, 0)
+        self._cos, self._sin = table.float().numpy()
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def __call__(self, token: int, position: int) -> Float[Tensor, "1 vocab"]:
+        """Read `token`, which stands at `position`, into the cache; the logits after it in fp32.
+
+        The slots before :attr:`KVCache.length` are read, and it moves on by one.
+        """
+        place = self.cache.length
+        if not 0 <= token < self.model.config.vocab_size or place >= self.cache.max_length:
+            raise IndexError(f"token {token} at slot {place}: no such token, or no such slot")
+        logits = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32)
+        self._call(
+            self._loops, self._table, self._ends, self._sizes, self._numbers, self._cos[position], self._sin[position],
+            token, place, logits.numpy()[0], dtype=self._dtype, numbers=self._numbers_read,
+        )  # fmt: skip
+        self.cache.advance(1)
+        return logits
+
+
+def fused_step(model: nn.Module, cache: KVCache) -> FusedStep | None:
+    """For a model and the cache of a prompt that it has read; None where the plain forward pass has to do it."""
+    if not isinstance(model, Transformer) or cache.batch != 1 or cache.padded or why_not(model) is not None:
+        return None
+    slots = [tensor for layer in range(model.config.layers) for tensor in cache.slots(layer).values()]
+    if not slots or any(slot.dtype != model.head.weight.dtype or not slot.is_contiguous() for slot in slots):
+        return None
+    return FusedStep(model, cache)

@@ -1,0 +1,216 @@
+"""One compiled function per token: the logits of the plain forward pass, in fp64 as well, over drawn and over all listed architectures."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scratchlm.generate import Generator
+from scratchlm.generate import generator as generator_module
+from scratchlm.generate.cache import KVCache
+from scratchlm.generate.fused_step import FusedStep, fused_step, why_not
+from scratchlm.model import ModelConfig, Transformer
+from scratchlm.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+
+from model_variants import VARIANTS
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "d_model": 32, "layers": 2, "heads": 4, "d_ff": 40}
+
+
+def model_of(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """With gains and everything else away from where they start."""
+    model = Transformer(config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def read(model: Transformer, ids: Tensor, room: int = 20) -> KVCache:
+    cache = KVCache(model.config, 1, room)
+    model.hidden(ids, cache=cache)
+    cache.advance(ids.shape[1])
+    return cache
+
+
+@torch.no_grad()
+def compared(model: Transformer, prompt: int = 5, new: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of tokens that follow a prompt: fused, by the plain pass in the model's dtype, and by full passes in fp64."""
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(model.config.vocab_size, (1, prompt + new), generator=torch.Generator().manual_seed(2))
+    cache = read(model, ids[:, :prompt])
+    step = fused_step(model, cache)
+    assert step is not None
+    fused = torch.cat([step(int(ids[0, at]), at) for at in range(prompt, prompt + new)])
+    assert cache.length == prompt + new and fused.dtype == torch.float32
+    other, plain = read(model, ids[:, :prompt]), []
+    for at in range(prompt, prompt + new):
+        plain.append(model(ids[:, at : at + 1], torch.tensor([[at]]), cache=other)[:, -1])
+        other.advance(1)
+    return fused.double(), torch.cat(plain).double(), exact(ids)[0, prompt:]
+
+
+def check(model: Transformer) -> None:
+    fused, plain, exact = compared(model)
+    allowed = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[model.head.weight.dtype] * (1 + exact.abs().max())
+    assert (fused - exact).abs().max() < allowed
+    assert (fused - exact).abs().max() < 2 * (plain - exact).abs().max() + 1e-5 * (1 + exact.abs().max())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1), (3, 3)]),
+    head_dim=st.sampled_from([2, 8, 12]),
+    choices=st.fixed_dictionaries(
+        {
+            "norm": st.sampled_from(["rmsnorm", "rmsnorm_noscale", "rmsnorm_unit_offset"]),
+            "qk_norm": st.sampled_from(["none", "head"]),
+            "feedforward": st.sampled_from(
+                ["swiglu", "reglu", "geglu", "geglu_tanh", "glu", "relu", "relu2", "gelu", "gelu_tanh", "silu"]
+            ),
+            "position": st.sampled_from(["rope", "none"]),
+            "tied_embeddings": st.booleans(),
+            "attention_scale": st.sampled_from([None, 0.3]),
+            "d_ff": st.sampled_from([1, 17, 40]),
+        }
+    ),
+    rope=st.fixed_dictionaries(
+        {
+            "pairs": st.sampled_from(["half", "interleaved"]),
+            "fraction": st.sampled_from([1.0, 0.5]),
+            "theta": st.sampled_from([100.0, 1e4]),
+        }
+    ),
+)
+def test_drawn_architectures(heads: tuple[int, int], head_dim: int, choices: dict[str, Any], rope: Any) -> None:
+    rope = rope if head_dim != 2 else {**rope, "fraction": 1.0}
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "head_dim": head_dim}
+    check(model_of(ModelConfig(**{**SMALL, **sizes, **choices, "rope": rope})))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "head", "kv_heads": 2, "tied_embeddings": True}])
+def test_in_bf16_it_is_nearer_to_exact_sums_than_the_plain_pass(changes: dict[str, Any]) -> None:
+    model = model_of(ModelConfig(**{**SMALL, **changes}), torch.bfloat16)
+    check(model)
+    fused, plain, exact = compared(model)
+    assert (fused - exact).abs().mean() < (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
+def test_every_listed_architecture_is_right_or_refused(config: ModelConfig) -> None:
+    model = model_of(config)
+    if why_not(model) is None:
+        check(model)
+    else:
+        ids = torch.zeros(1, 3, dtype=torch.int64)
+        assert fused_step(model, read(model, ids)) is None
+
+
+def test_some_of_them_are_not_refused() -> None:
+    assert sum(why_not(Transformer(config)) is None for config in VARIANTS.values()) >= 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block": "parallel"}, "model.block = parallel"),
+        ({"norm": "layernorm"}, "model.norm = layernorm"),
+        ({"norm_placement": "double"}, "model.norm_placement"),
+        ({"qk_norm": "head", "qk_norm_kind": "layernorm"}, "queries and keys normed by layernorm"),
+        ({"attention_bias": ["q"]}, "model.attention_bias"),
+        ({"feedforward": "swiglu_clamped"}, "model.feedforward"),
+        ({"mask": "sliding_window", "window": 4}, "model.mask"),
+        ({"position": "alibi"}, "model.position"),
+        ({"rope": {"theta": [1e4, 1e6]}}, "positions that differ"),
+        ({"moe": {"experts": 4}}, "a mixture of experts"),
+        ({"kernels": "reference"}, "model.kernels"),
+        ({"layers": 0}, "no layers"),
+    ],
+)
+def test_what_the_function_does_not_know_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    found = why_not(Transformer(ModelConfig(**{**SMALL, **changes}), seed=0))
+    assert found is not None and reason in found
+
+
+def test_whoever_watches_gets_the_plain_pass() -> None:
+    model = model_of(ModelConfig(**SMALL))
+    cache = read(model, torch.zeros(1, 3, dtype=torch.int64))
+    assert isinstance(fused_step(model, cache), FusedStep)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_step(model, cache) is None
+    hook = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert fused_step(model, cache) is None
+    hook.remove()
+    assert fused_step(model.double(), cache) is None
+    model = model.float()
+    padded = KVCache(model.config, 1, 8, padding=torch.tensor([1]))
+    assert fused_step(model, padded) is None and fused_step(model, KVCache(model.config, 2, 8)) is None
+    assert fused_step(model, KVCache(model.config, 1, 8)) is None, "nothing was read yet"
+
+
+def test_beyond_the_cache_and_the_vocabulary_is_an_error() -> None:
+    model = model_of(ModelConfig(**SMALL))
+    step = fused_step(model, read(model, torch.zeros(1, 3, dtype=torch.int64), room=4))
+    assert step is not None
+    for token in (-1, 61):
+        with pytest.raises(IndexError, match="no such token"):
+            step(token, 3)
+    step(60, 3)
+    with pytest.raises(IndexError, match="no such slot"):
+        step(0, 4)
+
+
+def test_threads_change_nothing_and_are_not_changed() -> None:
+    model = model_of(ModelConfig(**{**SMALL, "d_model": 128, "d_ff": 256}))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(compared(model)[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_the_generator_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within and beyond the context, where the cache is filled anew; by itself, not in a batch."""
+    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], special_tokens=["<|endoftext|>"])
+    model = model_of(ModelConfig(**{**SMALL, "vocab_size": 300}))  # ids beyond the tokenizer's are never drawn
+    generator = Generator(model, tokenizer)
+    calls = 0
+    step = FusedStep.__call__
+
+    def counted(self: FusedStep, token: int, position: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return step(self, token, position)
+
+    monkeypatch.setattr(FusedStep, "__call__", counted)
+    texts: list[Callable[[], list[str]]] = [
+        lambda: generator.generate("abc", max_tokens=70, temperature=0.0, stop=[]),
+        lambda: generator.generate("abc", max_tokens=70, seed=3, stop=[]),
+        lambda: ["".join(generator.stream("abc", max_tokens=70, seed=3, stop=[]))],
+    ]
+    fused = [text() for text in texts]
+    written = calls
+    # 21 tokens fill the context of 24; then every twelfth token fills the cache anew.
+    assert written == 3 * (70 - 1 - 4)
+    assert generator.generate(["abc", "de"], max_tokens=64, stop=[]) and calls == written
+    assert generator.generate("abc", max_tokens=63, stop=[]) and calls == written
+    monkeypatch.setattr(generator_module, "FUSED_FROM", 10**9)
+    assert [text() for text in texts] == fused and calls == written
