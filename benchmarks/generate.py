@@ -29,6 +29,7 @@ from scratchlm.evaluate.environment import describe_environment
 from scratchlm.files import write_json
 from scratchlm.generate import Generator
 from scratchlm.generate.cache import KVCache
+from scratchlm.generate.fused_step import Int8Matrices
 from scratchlm.interop.huggingface import open_folder
 from scratchlm.progress import progress
 from scratchlm.tokenizer import Tokenizer
@@ -84,9 +85,11 @@ def contenders(folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Callable
         cache = KVCache(ours.config, 1, CONTEXT)
         return ours.logits(ours.hidden(ids, cache=cache)[:, -1])
 
-    def our_decode(fused: bool) -> list[int]:
+    def our_decode(fused: bool, matrices: Int8Matrices | None = None) -> list[int]:
         generator_module.FUSED_FROM = 1 if fused else 10**9
-        return [step[0][1] for step in generator._tokens([short[0].tolist()], greedy, set())]
+        return [step[0][1] for step in generator._tokens([short[0].tolist()], greedy, set(), matrices)]
+
+    eight = Int8Matrices()
 
     @torch.no_grad()
     def their_prefill() -> Any:
@@ -113,11 +116,36 @@ def contenders(folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Callable
         "prefill": {"scratchlm": our_prefill, "transformers": their_prefill},
         "decode": {
             "scratchlm": lambda: our_decode(True),
+            "scratchlm, int8": lambda: our_decode(True, eight),
             "scratchlm, plain passes": lambda: our_decode(False),
             "transformers": their_generate,
             "transformers, forward alone": their_loop,
         },
     }
+
+
+def quality(run: Path, data: Path) -> dict[str, float]:
+    """Perplexity of a run on the held-out text of its data folder, in fp32, before and after its matrices went through 8 bits."""
+    from scratchlm.config import EvaluateConfig
+    from scratchlm.data.tokens import TokenData
+    from scratchlm.evaluate.evaluation import evaluate_tokens
+    from scratchlm.interop import load
+    from scratchlm.kernels.decode_step import restored_int8
+    from scratchlm.model.linear import Linear
+
+    model, tokenizer = load(run)
+    tokens = TokenData.open(data, tokenizer).split("validation")
+
+    def perplexity() -> float:
+        return evaluate_tokens(model, tokens, EvaluateConfig(), precision="fp32", show_progress=False).perplexity
+
+    own = perplexity()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.weight.copy_(restored_int8(module.weight))
+    eight = perplexity()
+    return {"own": own, "int8": eight, "cost": eight / own - 1}
 
 
 def main() -> None:
@@ -127,6 +155,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--quality", nargs=2, type=Path, metavar=("RUN", "DATA"), help="also: what int8 costs this run"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results = []
@@ -190,6 +221,8 @@ def main() -> None:
         "new_tokens": NEW,
         "results": results,
     }
+    if given.quality is not None:
+        report["perplexity"] = quality(*given.quality)
     if given.out is not None:
         write_json(given.out / f"generate-{given.threads}.json", report)
     print(json.dumps(report))

@@ -370,6 +370,11 @@ class GenerateConfig(Section):
     )
     stop: list[str] = Field(default=["<|endoftext|>"], description="Special tokens that end a sample.")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seed of the sampler.")
+    weights: Literal["own", "int8"] = Field(
+        default="own",
+        description="int8: one text at a time on a CPU is written with the matrices in 8 bits, a scale for each 128 numbers (the prompt is read with the "
+        "model's own).",
+    )
 
 
 class Recipe(Section):

@@ -5,6 +5,7 @@ The plain forward pass is the reference: the same logits up to rounding, and clo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,14 +86,17 @@ class FusedStep:
     Args:
         model: one for which :func:`why_not` has no reason.
         cache: of one row without padding, in which something is.
+        matrices: the model's matrices in 8 bits, instead of its own.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, matrices: Int8Matrices | None = None) -> None:
         from scratchlm.kernels import compiled_rows, decode_step
 
         config = model.config
         self.model, self.cache = model, cache
-        self._call, self._loops = compiled_rows.call, decode_step.STEP
+        self._call = compiled_rows.call
+        self._loops = decode_step.STEP if matrices is None else decode_step.STEP_INT8
+        matrix: Callable[[Tensor], Tensor] = (lambda weight: weight) if matrices is None else matrices.of
         self._dtype, self._numbers_read = model.head.weight.dtype, sum(p.numel() for p in model.blocks.parameters())
         self._held: list[Tensor] = []
         rows = []
@@ -107,8 +111,9 @@ class FusedStep:
                 [
                     self._address(tensor)
                     for tensor in (
-                        block.attention_norm.weight, attention.qkv.weight, *gains, attention.output.weight,
-                        block.feedforward_norm.weight, inner.weight, feedforward.down.weight, slots["k"], slots["v"],
+                        block.attention_norm.weight, matrix(attention.qkv.weight), *gains, matrix(attention.output.weight),
+                        block.feedforward_norm.weight, matrix(inner.weight), matrix(feedforward.down.weight),
+                        slots["k"], slots["v"],
                     )
                 ]
             )  # fmt: skip
@@ -117,7 +122,7 @@ class FusedStep:
         head_norm = first.attention.q_norm.norm if normed else None
         self._table = torch.tensor(rows, dtype=torch.int64).numpy()
         last: Any = model.norm
-        ends = (model.embedding.weight, last.weight, model.head.weight)
+        ends = (model.embedding.weight, last.weight, matrix(model.head.weight))
         self._ends = torch.tensor([self._address(tensor) for tensor in ends]).numpy()
         gated = first.feedforward.gated
         width, inner_width = config.resolved_head_dim, (2 if gated else 1) * config.resolved_d_ff
@@ -163,11 +168,29 @@ class FusedStep:
         return logits
 
 
-def fused_step(model: nn.Module, cache: KVCache) -> FusedStep | None:
+class Int8Matrices:
+    """Every matrix of a model in 8 bits (:func:`scratchlm.kernels.decode_step.quantised_int8`), made when it is first asked for.
+
+    The embedding, of which a token reads one row, stays as it is; a tied head is a matrix.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[int, Tensor] = {}
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Numbers and scales of this matrix."""
+        from scratchlm.kernels.decode_step import packed_int8
+
+        if id(weight) not in self._packed:
+            self._packed[id(weight)] = packed_int8(weight)
+        return self._packed[id(weight)]
+
+
+def fused_step(model: nn.Module, cache: KVCache, matrices: Int8Matrices | None = None) -> FusedStep | None:
     """For a model and the cache of a prompt that it has read; None where the plain forward pass has to do it."""
     if not isinstance(model, Transformer) or cache.batch != 1 or cache.padded or why_not(model) is not None:
         return None
     slots = [tensor for layer in range(model.config.layers) for tensor in cache.slots(layer).values()]
     if not slots or any(slot.dtype != model.head.weight.dtype or not slot.is_contiguous() for slot in slots):
         return None
-    return FusedStep(model, cache)
+    return FusedStep(model, cache, matrices)

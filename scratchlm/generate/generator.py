@@ -13,7 +13,7 @@ from torch import Tensor
 from scratchlm.config import GenerateConfig
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
-from scratchlm.generate.fused_step import FusedStep, fused_step
+from scratchlm.generate.fused_step import FusedStep, Int8Matrices, fused_step, why_not
 from scratchlm.generate.sampling import row_generator, sample
 from scratchlm.progress import progress
 from scratchlm.section import validate
@@ -70,7 +70,8 @@ class Generator:
             UserError: see :meth:`generate`; at the call, not at the first piece.
         """
         config = self._config(config, options)
-        return self._pieces(self._tokens([self._encode(prompt)], config, self._stop_ids(config)))
+        stop, matrices = self._stop_ids(config), self._matrices(config)
+        return self._pieces(self._tokens([self._encode(prompt)], config, stop, matrices))
 
     def _pieces(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -98,22 +99,31 @@ class Generator:
             config: sampling parameters (its `prompts` are ignored); None: the defaults.
             show_progress: show a bar of the tokens drawn for each prompt, `max_tokens` at most.
             options: fields of :class:`~scratchlm.config.GenerateConfig` (`max_tokens`, `temperature`, `top_k`, `top_p`,
-                `stop`, `seed`) that replace those of `config`.
+                `stop`, `seed`, `weights`) that replace those of `config`.
 
         Returns:
             For each prompt the continuation alone, without the stop token that ended it.
 
         Raises:
             UserError: an unknown option or stop token, a value out of range, an empty prompt without
-                a separator or special token, or a prompt with an id that the model does not have.
+                a separator or special token, a prompt with an id that the model does not have, or ``weights = int8`` for a model that is
+                not Llama-like or not on a CPU.
         """
         config = self._config(config, options)
         encoded = list(map(self._encode, [prompts] if isinstance(prompts, str) else prompts))
         texts: list[list[int]] = [[] for _ in encoded]
-        steps = self._tokens(encoded, config, self._stop_ids(config))
-        for step in progress(
-            steps, description="generate", total=config.max_tokens, unit="token", show=show_progress
-        ):
+        stop, matrices = self._stop_ids(config), self._matrices(config)
+        # In 8 bits texts are written one after another, else side by side.
+        groups = [list(range(len(encoded)))] if matrices is None else [[row] for row in range(len(encoded))]
+        steps = (
+            step
+            for rows in groups
+            for step in self._tokens(
+                [encoded[row] for row in rows], config, stop, matrices, first=min(rows, default=0)
+            )
+        )
+        total = config.max_tokens * len(groups)
+        for step in progress(steps, description="generate", total=total, unit="token", show=show_progress):
             for row, token in step:
                 texts[row].append(token)
         return [self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace") for ids in texts]
@@ -157,17 +167,24 @@ class Generator:
         return ids
 
     def _tokens(
-        self, prompts: list[list[int]], config: GenerateConfig, stop: set[int]
+        self,
+        prompts: list[list[int]],
+        config: GenerateConfig,
+        stop: set[int],
+        matrices: Int8Matrices | None = None,
+        first: int = 0,
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yield for each step the (row, token id) of every row that goes on."""
+        """Yield for each step the (row, token id) of every row that goes on; rows are counted from `first`."""
         if not prompts or not config.max_tokens:
             return
-        windows = {row: list(ids) for row, ids in enumerate(prompts)}  # what the model sees of each unfinished row
+        windows = {
+            row: list(ids) for row, ids in enumerate(prompts, first)
+        }  # what the model sees of each unfinished row
         generators = {row: row_generator(config.seed, row) for row in windows}
         room = min(self.context_length, max(map(len, prompts)) + config.max_tokens)
         prefixes = {row: len(ids) for row, ids in windows.items()}  # how much of each window is prompt
         cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
-        step = self._fused(cache, config.max_tokens)
+        step = self._fused(cache, config.max_tokens, matrices)
         for left in range(config.max_tokens - 1, -1, -1):
             drawn = sample(
                 logits, config.temperature, config.top_k, config.top_p, [generators[row] for row in windows]
@@ -183,7 +200,7 @@ class Generator:
                 prefixes = {row: max(0, prefixes[row] - len(windows[row]) + len(slid[row])) for row in windows}
                 windows = slid
                 cache, logits = self._read(list(windows.values()), room, list(prefixes.values()))
-                step = self._fused(cache, config.max_tokens)
+                step = self._fused(cache, config.max_tokens, matrices)
             elif step is not None:
                 (window,) = windows.values()
                 logits = self._known_only(step(window[-1], len(window) - 1))
@@ -192,9 +209,23 @@ class Generator:
                     cache.keep(going)
                 logits = self._next(cache, list(windows.values()))
 
-    def _fused(self, cache: KVCache, tokens: int) -> FusedStep | None:
+    def _fused(self, cache: KVCache, tokens: int, matrices: Int8Matrices | None) -> FusedStep | None:
         """One compiled function per token, where that pays and the model allows it."""
-        return fused_step(self.model, cache) if tokens >= FUSED_FROM else None
+        return fused_step(self.model, cache, matrices) if matrices is not None or tokens >= FUSED_FROM else None
+
+    def _matrices(self, config: GenerateConfig) -> Int8Matrices | None:
+        """The matrices in 8 bits, where they are wanted.
+
+        Raises:
+            UserError: this model cannot be written with in 8 bits.
+        """
+        if config.weights == "own":
+            return None
+        if (reason := why_not(self.model)) is not None:
+            raise UserError(
+                f"generate.weights = int8 is for Llama-like models on a CPU; not for {reason}: leave it out"
+            )
+        return Int8Matrices()
 
     def _slide(self, window: list[int]) -> list[int]:
         if len(window) <= self.context_length:

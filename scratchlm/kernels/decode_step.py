@@ -22,7 +22,11 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8
+from numba import carray, njit, prange
+from torch import Tensor
 
 from scratchlm.kernels import compiled_rows
 from scratchlm.kernels.compiled_rows import pointer, rounded, widened
@@ -44,11 +48,14 @@ WEIGHTS = (
 )
 """Columns of the table of addresses, a row per layer; 0: there is none."""
 
+GROUP = 128
+"""Numbers of a row that share a scale in int8."""
+
 ACTIVATIONS = ("silu", "relu", "relu2", "gelu", "gelu_tanh", "sigmoid")
 """By their numbers in the loop."""
 
 
-def _kept(function: Callable[..., None]) -> Callable[..., None]:
+def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at its first call for a dtype."""
     options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
     try:
@@ -144,6 +151,52 @@ def _product_on_threads(weight: Any, x: Any, y: Any, like: Any) -> None:
     matvec_on_threads(carray(pointer(weight), (len(y), len(x)), like.dtype), x, np.empty(0, np.float32), y)
 
 
+def _matvec_int8(weight: Any, scales: Any, x: Any, y: Any) -> None:
+    """y = W x of whole numbers with a scale for each :data:`GROUP` of a row."""
+    whole = len(x) // GROUP
+    for row in prange(len(weight)):
+        total = np.float32(0)
+        for group in range(whole):  # slices, as indices that might be negative are no vector's
+            numbers = weight[row, group * GROUP : group * GROUP + GROUP]
+            factors = x[group * GROUP : group * GROUP + GROUP]
+            part = np.float32(0)
+            for i in range(GROUP):
+                part += np.float32(numbers[i]) * factors[i]
+            total += part * scales[row, group]
+        if whole < scales.shape[1]:
+            numbers, factors = weight[row, whole * GROUP :], x[whole * GROUP :]
+            part = np.float32(0)
+            for i in range(len(factors)):
+                part += np.float32(numbers[i]) * factors[i]
+            total += part * scales[row, whole]
+        y[row] = total
+
+
+_matvec_int8_on_one, _matvec_int8_on_threads = (
+    compiled_rows._compiled(_matvec_int8, parallel) for parallel in (False, True)
+)
+
+
+@_kept
+def _int8_matrix(weight: Any, rows: Any, columns: Any) -> Any:
+    """Numbers and scales of what :func:`packed_int8` made."""
+    behind = (rows * columns + 63) // 64 * 64
+    scales = carray(pointer(weight + behind), (rows, (columns + GROUP - 1) // GROUP), np.float32)
+    return carray(pointer(weight), (rows, columns), np.int8), scales
+
+
+@_kept
+def _product_int8_on_one(weight: Any, x: Any, y: Any, like: Any) -> None:
+    numbers, scales = _int8_matrix(weight, len(y), len(x))
+    _matvec_int8_on_one(numbers, scales, x, y)
+
+
+@_kept
+def _product_int8_on_threads(weight: Any, x: Any, y: Any, like: Any) -> None:
+    numbers, scales = _int8_matrix(weight, len(y), len(x))
+    _matvec_int8_on_threads(numbers, scales, x, y)
+
+
 _product = _product_on_one
 """In the loop below; the copy for several threads has the other one in its place. (One function with both would start numba's
 threads, and with them change torch's number of threads, also where one is wanted.)"""
@@ -230,3 +283,34 @@ def _copy(suffix: str, product: Any) -> Callable[..., None]:
 
 STEP = _copy("_on_one", _product_on_one), _copy("_on_threads", _product_on_threads)
 """For :func:`scratchlm.kernels.compiled_rows.call`."""
+
+STEP_INT8 = _copy("_int8_on_one", _product_int8_on_one), _copy("_int8_on_threads", _product_int8_on_threads)
+"""The same with matrices of :func:`packed_int8`."""
+
+
+def quantised_int8(
+    weight: Float[Tensor, "rows columns"],
+) -> tuple[Int8[Tensor, "rows columns"], Float[Tensor, "rows groups"]]:
+    """Whole numbers from −127 to 127 and fp32 scales, one for each :data:`GROUP` numbers of a row: the largest of them is 127 times its scale."""
+    rows, columns = weight.shape
+    groups = -(-columns // GROUP)
+    wide = F.pad(weight.detach().float(), (0, groups * GROUP - columns)).view(rows, groups, GROUP)
+    scales = wide.abs().amax(dim=-1) / 127
+    numbers = (wide / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
+    return numbers.view(rows, -1)[:, :columns].contiguous(), scales
+
+
+def restored_int8(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """What is left of a matrix after :func:`quantised_int8`, in its own dtype: to measure what that costs."""
+    numbers, scales = quantised_int8(weight)
+    return (numbers.float() * scales.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]).to(weight.dtype)
+
+
+def packed_int8(weight: Float[Tensor, "rows columns"]) -> Int8[Tensor, " bytes"]:
+    """Numbers, and behind them (at a multiple of 64 bytes) the scales, as :data:`STEP_INT8` reads them at one address."""
+    numbers, scales = quantised_int8(weight)
+    behind = (numbers.numel() + 63) // 64 * 64
+    packed = torch.empty(behind + 4 * scales.numel(), dtype=torch.int8)
+    packed[: numbers.numel()] = numbers.flatten()
+    packed[behind:] = scales.flatten().view(torch.int8)
+    return packed
