@@ -4,7 +4,7 @@
 
 Per shape and dtype: prefill (a prompt of 256 tokens, logits after the last), and decode (128 greedy tokens after 16). Ours is the generator's own loop, once with one
 compiled function per token (what it takes by itself) and once by plain forward passes; theirs is ``generate`` with its cache, and its forward pass
-alone with the cache in a loop. In fp32 the texts are compared token by token. The share of bandwidth is bytes of weights read per second over what
+alone with the cache in a loop. Matrices are put into 8 bits once, outside the clock. In fp32 the texts are compared token by token. The share of bandwidth is bytes of weights read per second over what
 summing a large tensor reads. The last line printed is JSON.
 """
 
@@ -140,10 +140,9 @@ def quality(run: Path, data: Path) -> dict[str, float]:
         return evaluate_tokens(model, tokens, EvaluateConfig(), precision="fp32", show_progress=False).perplexity
 
     own = perplexity()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.weight.copy_(restored_int8(module.weight))
+    for module in model.modules():
+        if isinstance(module, Linear):  # a tied embedding stays as it is
+            module.weight = torch.nn.Parameter(restored_int8(module.weight))
     eight = perplexity()
     return {"own": own, "int8": eight, "cost": eight / own - 1}
 

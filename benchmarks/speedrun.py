@@ -3,7 +3,7 @@
     python benchmarks/speedrun.py --text tinyshakespeare.txt --rounds 3 --out docs/results/speedrun
 
 Each run is a process from its first import to its last line, ours `scratchlm run` in a fresh folder without any cache of tokenizers or shards: tokenizer, data,
-training, evaluation, samples, report. Theirs is the recipe of nanoGPT's README for a CPU on a module of our own (``gpt2_style.py``): its own code is
+training, evaluation, samples, report; what Numba has compiled on this machine before stays compiled. Theirs is the recipe of nanoGPT's README for a CPU on a module of our own (``gpt2_style.py``): its own code is
 not at hand here. In turns, one seed per round; the loss is that of the whole held-out text, in nats per character. The last line printed is JSON.
 """
 

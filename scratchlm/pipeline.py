@@ -90,6 +90,13 @@ class Pipeline:
 
         choose_precision(self.recipe.train.precision, self.device)
         choose_compile(self.recipe.train.compile, self.device, self.recipe.train.steps)
+        if self.recipe.generate.weights == "int8":
+            from scratchlm.generate.fused_step import why_not_config
+            from scratchlm.generate.generator import IN_8_BITS
+
+            elsewhere = f"device = {self.device.type}" if self.device.type != "cpu" else None
+            if (reason := why_not_config(self.recipe.model) or elsewhere) is not None:
+                raise UserError(f"{IN_8_BITS}, here is {reason}; leave it out")
         for tracker in self.recipe.train.trackers:
             if importlib.util.find_spec(tracker) is None:
                 raise UserError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")

@@ -29,12 +29,16 @@ _ROUNDING = {
 }  # fmt: skip
 
 
+_LATER = {"corpus.hold_out": "documents"}
+"""Fields that came when runs of their default had been made already: with it they are left out, so that such a run is still the same run."""
+
+
 def fields_of(recipe: Section) -> dict[str, Any]:
     """Every field of a recipe that bears on the trained weights, dotted, as plain values."""
     return {
         name: json.loads(json.dumps(value, default=str))
         for name, value in flat_fields(recipe).items()
-        if name not in _ELSEWHERE and name.split(".")[0] not in _ELSEWHERE
+        if name not in _ELSEWHERE and name.split(".")[0] not in _ELSEWHERE and (name, value) not in _LATER.items()
     }
 
 

@@ -12,7 +12,7 @@ from scratchlm.experiments.comparison import Comparison, Row
 from scratchlm.experiments.critical_batch import CriticalBatch
 from scratchlm.experiments.plan import Choice, Outcomes, Trial
 from scratchlm.experiments.results import Result, curve_of
-from scratchlm.experiments.spec import flattened_lists
+from scratchlm.experiments.spec import Variant, flattened_lists
 from scratchlm.model.draw.style import COLOURS, HUES, dress, new_figure
 
 if TYPE_CHECKING:
@@ -219,12 +219,17 @@ def sweep_figure(comparison: Comparison) -> Figure | None:
     for row in comparison.rows:  # of a variant's two the first, at its own rate
         if row.variant in variants:
             rows.setdefault(row.variant, row)
-    settings = {name: {path: _field(variants[name].recipe, path) for path in paths} for name in rows}
-    distinct = {path: {setting[path] for setting in settings.values()} for path in paths}
-    numeric = [path for path in paths if all(type(value) in (int, float) for value in distinct[path])]
-    across = max(numeric, key=lambda path: len(distinct[path]), default="")
-    if not across or len(distinct[across]) < 3:
+    settings = {name: {path: _setting(variants[name], path) for path in paths} for name in rows}
+    across, most = "", 2
+    for path in paths:
+        numbers = {setting[path] for setting in settings.values() if type(setting[path]) in (int, float)}
+        named = [setting[path] for name, setting in settings.items() if variants[name].changes]
+        if len(numbers) > most and all(type(value) in (int, float) for value in named):
+            across, most = path, len(numbers)
+    if not across:
         return None
+    # The recipe as it is may have no number there, such as a width that follows from another.
+    rows = {name: row for name, row in rows.items() if type(settings[name][across]) in (int, float)}
     lines: dict[str, list[tuple[float, Row]]] = {}
     for name, row in rows.items():
         rest = [f"{path.rpartition('.')[2]} = {settings[name][path]}" for path in paths if path != across]
@@ -256,9 +261,10 @@ def sweep_figure(comparison: Comparison) -> Figure | None:
         gone = [x for x, loss in zip(places, losses, strict=True) if not math.isfinite(loss)]
         axes.plot(gone, [0.97] * len(gone), "x", color=colour(number), transform=axes.get_xaxis_transform())
         lost = lost or bool(gone)
-    positive = sorted(float(x) for x in distinct[across] if x > 0)
-    if positive[-1] >= 8 * positive[0]:
-        if len(positive) == len(distinct[across]):
+    places_of_all = {float(settings[name][across]) for name in rows}
+    positive = sorted(x for x in places_of_all if x > 0)
+    if positive and positive[-1] >= 8 * positive[0]:
+        if len(positive) == len(places_of_all):
             axes.set_xscale("log")
         else:
             axes.set_xscale("symlog", linthresh=positive[0])
@@ -268,10 +274,14 @@ def sweep_figure(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _field(recipe: Any, path: str) -> Any:
+def _setting(variant: Variant, path: str) -> Any:
+    """What a variant says of a field: in its changes, else in its recipe (of a preset, none)."""
+    if path in variant.changes:
+        return variant.changes[path]
+    found: Any = variant.recipe
     for name in path.split("."):
-        recipe = getattr(recipe, name)
-    return recipe
+        found = getattr(found, name, None)
+    return found
 
 
 def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure | None:

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from scratchlm.tokenizer import Tokenizer
 
 
-FUSED_FROM = 64
-"""Tokens from which on a text of its own is written with one compiled function per token (:mod:`scratchlm.generate.fused_step`): compiling takes some
-seconds, once per machine."""
+FUSED_FROM = 2
+"""Tokens from which on a text of its own is written with one compiled function per token (:mod:`scratchlm.generate.fused_step`); the first is read off
+the prompt."""
+
+IN_8_BITS = "generate.weights = int8 is for Llama-like models in fp32 or bf16 on a CPU"
 
 
 class Generator:
@@ -92,7 +94,8 @@ class Generator:
     ) -> list[str]:
         """Continue each prompt, all of them in one batch.
 
-        Row i draws from a random stream of its own, given by (seed, i): its text does not depend on the other rows.
+        Row i draws from a random stream of its own, given by (seed, i): its text does not depend on the other rows, but for rounding. (A text alone
+        is computed in another order than many side by side; in bf16 that now and then decides between two tokens.)
 
         Args:
             prompts: texts (one text counts as a list of one); an empty one starts after the separator.
@@ -211,7 +214,10 @@ class Generator:
 
     def _fused(self, cache: KVCache, tokens: int, matrices: Int8Matrices | None) -> FusedStep | None:
         """One compiled function per token, where that pays and the model allows it."""
-        return fused_step(self.model, cache, matrices) if matrices is not None or tokens >= FUSED_FROM else None
+        step = fused_step(self.model, cache, matrices) if tokens >= FUSED_FROM else None
+        if step is None and matrices is not None and tokens > 1:
+            raise UserError(f"{IN_8_BITS}, and since the text was begun there is {why_not(self.model)}")
+        return step
 
     def _matrices(self, config: GenerateConfig) -> Int8Matrices | None:
         """The matrices in 8 bits, where they are wanted.
@@ -222,9 +228,8 @@ class Generator:
         if config.weights == "own":
             return None
         if (reason := why_not(self.model)) is not None:
-            raise UserError(
-                f"generate.weights = int8 is for Llama-like models on a CPU; not for {reason}: leave it out"
-            )
+            advice = "; leave it out" + ", or choose device = cpu" * reason.startswith("a model on")
+            raise UserError(f"{IN_8_BITS}, here is {reason}{advice}")
         return Int8Matrices()
 
     def _slide(self, window: list[int]) -> list[int]:

@@ -16,8 +16,10 @@ Compiled by Numba at first use (some seconds) and kept on disk. Who may call it:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -55,8 +57,14 @@ ACTIVATIONS = ("silu", "relu", "relu2", "gelu", "gelu_tanh", "sigmoid")
 """By their numbers in the loop."""
 
 
+_OF = hashlib.blake2b(Path(compiled_rows.__file__).read_bytes(), digest_size=4).hexdigest()
+"""Numba keeps code apart by names and by the date of the function's own file; here it holds that of another file, too."""
+
+
 def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at its first call for a dtype."""
+    function = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_{_OF}")
+    function.__qualname__ = function.__name__
     options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
     try:
         return njit(cache=True, **options)(function)
@@ -276,9 +284,7 @@ def _step(
 
 def _copy(suffix: str, product: Any) -> Callable[..., None]:
     """The loop with this product, under a name of its own: that is what numba tells kept code apart by."""
-    copy = FunctionType(_step.__code__, {**globals(), "_product": product}, f"_step{suffix}")
-    copy.__qualname__ = copy.__name__
-    return _kept(copy)
+    return _kept(FunctionType(_step.__code__, {**globals(), "_product": product}, f"_step{suffix}"))
 
 
 STEP = _copy("_on_one", _product_on_one), _copy("_on_threads", _product_on_threads)
@@ -295,8 +301,8 @@ def quantised_int8(
     rows, columns = weight.shape
     groups = -(-columns // GROUP)
     wide = F.pad(weight.detach().float(), (0, groups * GROUP - columns)).view(rows, groups, GROUP)
-    scales = wide.abs().amax(dim=-1) / 127
-    numbers = (wide / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
+    scales = (wide.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    numbers = (wide / scales[..., None]).round().to(torch.int8)
     return numbers.view(rows, -1)[:, :columns].contiguous(), scales
 
 
@@ -310,7 +316,7 @@ def packed_int8(weight: Float[Tensor, "rows columns"]) -> Int8[Tensor, " bytes"]
     """Numbers, and behind them (at a multiple of 64 bytes) the scales, as :data:`STEP_INT8` reads them at one address."""
     numbers, scales = quantised_int8(weight)
     behind = (numbers.numel() + 63) // 64 * 64
-    packed = torch.empty(behind + 4 * scales.numel(), dtype=torch.int8)
+    packed = torch.empty(behind + 4 * scales.numel(), dtype=torch.int8, device="cpu")
     packed[: numbers.numel()] = numbers.flatten()
     packed[behind:] = scales.flatten().view(torch.int8)
     return packed

@@ -486,6 +486,7 @@ def _savings(
         found["chunked loss"] = peak_with(rows, loss_kernel="chunked")
     if recipe.train.activation_checkpointing == "none":
         found["checkpointing all but products"] = peak_with(rows, checkpointing="selective")
+    if recipe.train.activation_checkpointing != "blocks":
         found["checkpointing whole blocks"] = peak_with(rows, checkpointing="blocks")
     state = sum(s.size for s in step.memory.storages if s.kind == "optimizer state")
     if state:

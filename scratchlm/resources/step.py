@@ -63,7 +63,8 @@ def as_compiled_on_a_cpu(config: ModelConfig, length: int) -> ModelConfig:
 
 
 def as_on_a_gpu(config: ModelConfig, length: int) -> ModelConfig:
-    """The same with what ``auto`` attention takes on a GPU where it takes something else on a CPU: torch's kernel for short causal sequences."""
+    """The same with what ``auto`` attention takes on a GPU where it takes something else on a CPU: torch's kernel for short sequences, if all layers
+    are causal. (One kernel is named for all layers: where masks are mixed, the causal layers stay traced as on a CPU.)"""
     plain = all(choices.MASK.get(config.mask_at(n)).of(config).is_plain_causal for n in range(config.layers))
     short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= SHORT_TRAINED
     other = short and plain and config.attention_soft_cap is None

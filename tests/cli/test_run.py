@@ -14,9 +14,9 @@ import pytest
 from small_run import last_checkpoint, records
 
 from scratchlm.cli import main
-from scratchlm.config import load_recipe
+from scratchlm.config import Recipe, load_recipe
 from scratchlm.pipeline import VERSIONS
-from scratchlm.run_folder import _ROUNDING
+from scratchlm.run_folder import _ROUNDING, fields_of, what_is_learnt
 
 SIX = ["--train.steps", "6"]
 
@@ -339,6 +339,14 @@ def test_the_embedded_corpus_needs_no_files(tmp_path: Path, monkeypatch: pytest.
     assert sum(split["documents"] for split in manifest["splits"].values()) == 30
 
 
+def test_a_field_that_came_later_does_not_make_an_old_run_another_one() -> None:
+    """Left at its default it is not part of what a run is; set, it is."""
+    plain, ends = Recipe(), Recipe(corpus={"hold_out": "ends"})
+    for part in (fields_of, what_is_learnt):
+        assert "corpus.hold_out" not in part(plain) and part(ends)["corpus.hold_out"] == "ends"
+        assert {**part(ends)}.keys() - part(plain).keys() == {"corpus.hold_out"}
+
+
 def test_the_speedrun_reads_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every character is a token, the last tenth of the text is held out, and all of it is judged."""
     monkeypatch.chdir(tmp_path)
@@ -353,6 +361,8 @@ def test_the_speedrun_reads_characters(tmp_path: Path, monkeypatch: pytest.Monke
     assert whole == {"train": cut + 1, "validation": len(text) - cut + 1}  # and the token that ends a document
     judged = [line for line in records(tmp_path / "runs/shakespeare-char") if line["kind"] == "validation"]
     assert len(judged) == 1 and 0 < judged[0]["bits_per_byte"] < 9
+    evaluation = json.loads((tmp_path / "runs/shakespeare-char/evaluation.json").read_text())
+    assert (evaluation["text_bytes"], evaluation["tokens"]) == (len(text) - cut, len(text) - cut + 1)
 
 
 def test_help_names_every_command_and_every_field(capfd: pytest.CaptureFixture[str]) -> None:

@@ -267,6 +267,19 @@ def test_two_points_or_words_are_no_sweep_to_draw_and_draws_have_no_lines(small:
         made = planner(small, f"seeds = 1\n[sweep.fields]\n{fields}\n")
         assert sweep_figure(judged(made, lambda trial: RESULT)) is None
     assert sweep_figure(judged(planner(small, f"seeds = 1\n{POST}"), lambda trial: RESULT)) is None
+    for fields in (
+        "model.preset = ['llama-3-tiny', 'gemma-3-tiny', 'mixtral-tiny']",
+        "generate.stop = [[], ['<|endoftext|>']]",
+    ):
+        assert (
+            sweep_figure(judged(planner(small, f"seeds = 1\n[sweep.fields]\n{fields}\n"), lambda trial: RESULT))
+            is None
+        )
+    widths = planner(
+        small, "seeds = 1\n[sweep.fields]\nmodel.d_ff = [16, 32, 64]\n"
+    )  # the recipe as it is has None
+    figure = sweep_figure(judged(widths, lambda trial: RESULT))
+    assert figure is not None and list(figure.axes[0].containers[0].lines[0].get_xdata()) == [16, 32, 64]
     ranges = "{low = 1e-4, high = 1e-1, log = true}"
     text = f"seeds = 1\n[sweep]\nkind = 'random'\nsamples = 6\n[sweep.fields]\noptim.lr = {ranges}\noptim.eps = {ranges}\n"
     figure = sweep_figure(judged(planner(small, text), lambda trial: RESULT))

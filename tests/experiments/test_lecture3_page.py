@@ -1,4 +1,4 @@
-"""docs/results/lecture3: the page shows what the tables say, and every link of it leads somewhere."""
+"""docs/results/lecture3: the page shows what the tables say, and its pictures are there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_short_table(tmp_path: Path) -> None:
     (tmp_path / "one/results.json").write_text('{"judged_by": "bits per byte"}')
     (tmp_path / "one/table.csv").write_text(
         "variant,rate,factor,loss,loss_error,bits_per_byte,bits_per_byte_error,difference,low,high,verdict\n"
-        "base,,1.0,9,1,1.5,0.01,,,,reference\n"
+        "base,own = reference's,1.0,9,1,1.5,0.01,,,,reference\n"
         "two,own,2.0,9,1,1.25,,-0.25,-0.3,-0.2,better\n"
         "three,own,1.0,,,,,,,,diverged\n"
     )
@@ -37,7 +37,7 @@ def test_a_short_table(tmp_path: Path) -> None:
         "before\n<!-- table one -->\n"
         "| variant | learning rates | bits per byte | difference, 95 % interval | verdict |\n"
         "| --- | --- | ---: | ---: | --- |\n"
-        "| base | ×1 () | 1.500 ± 0.010 |  | reference |\n"
+        "| base | ×1 (own = reference's) | 1.500 ± 0.010 |  | reference |\n"
         "| two | ×2 (own) | 1.250 | −0.250 [−0.300, −0.200] | better |\n"
         "| three | ×1 (own) | – |  | diverged |\n"
         "<!-- end -->\nafter\n"
