@@ -442,7 +442,7 @@ def test_a_recipe_is_named_after_its_file_and_has_a_folder(tmp_path: Path) -> No
 )
 def test_every_recipe_loads(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.name == path.stem
+    assert recipe.name.startswith(path.stem)  # a speedrun may have the text of another recipe
     assert there_and_back(recipe, tmp_path) == recipe != Recipe(name=path.stem)
 
 

@@ -285,12 +285,13 @@ def _setting(variant: Variant, path: str) -> Any:
 
 
 def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure | None:
-    """Validation loss against the factor of the learning rates, a line per variant; None without a sweep of rates."""
+    """Validation loss against the factor of the learning rates, a line per variant; what broke is a cross at the upper edge. None without a sweep of rates."""
     swept = [name for name in order if name in choices and choices[name].losses]
     if not swept:
         return None
     figure = new_figure("light", _WIDE, 3.8)
     axes = figure.add_subplot()
+    lost = False
     for number, name in enumerate(swept):
         losses = {f: loss for f, loss in choices[name].losses.items() if math.isfinite(loss)}
         axes.plot(
@@ -301,6 +302,11 @@ def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure 
             linestyle=style(number),
             label=name,
         )
+        broken = [f for f, loss in choices[name].losses.items() if not math.isfinite(loss)]
+        # Side by side where several break at one rate.
+        places = [f * 2 ** (0.03 * number) for f in broken]
+        axes.plot(places, [0.97] * len(places), "x", color=colour(number), transform=axes.get_xaxis_transform())
+        lost = lost or bool(broken)
         best = choices[name].factor
         if best in losses:
             axes.plot([best], [losses[best]], marker="o", markersize=11, fillstyle="none", color=colour(number))
@@ -308,7 +314,7 @@ def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure 
     dress(
         axes,
         "light",
-        x="learning rates, times the recipe's (circled: the best tried)",
+        x="learning rates, times the recipe's (circled: the best tried" + "; ×: broken" * lost + ")",
         y="validation loss",
         grid=True,
     )

@@ -15,8 +15,8 @@ import pytest
 from test_plan import POST, RESULT, planner
 
 from scratchlm.experiments.comparison import Comparison, as_csv, as_markdown, as_records, compare
-from scratchlm.experiments.pictures import band, sweep_figure
-from scratchlm.experiments.plan import Planner, Trial
+from scratchlm.experiments.pictures import band, rates_figure, sweep_figure
+from scratchlm.experiments.plan import Choice, Planner, Trial
 from scratchlm.experiments.report import render_report, write_pictures
 from scratchlm.experiments.results import Failure, Result, count_spikes, curve_of, load_outcome
 
@@ -209,6 +209,24 @@ def test_the_report_needs_nothing_but_itself_and_shows_all_of_it(small: Path) ->
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
     write_pictures(judged(made, lambda t: None), made.plan(lambda t: None), lambda t: None, folder)
     assert [path.name for path in folder.iterdir()] == ["batches.png"]  # drawn from curves, which are still there
+
+
+def test_a_rate_at_which_a_variant_breaks_is_a_cross() -> None:
+    choices = {
+        "base": Choice(1.0, {0.5: 3.0, 1.0: 2.5, 2.0: 2.7}, False),
+        "none": Choice(0.5, {0.5: 3.1, 1.0: math.inf, 2.0: math.nan}, True),
+    }
+    figure = rates_figure(choices, ["base", "none"])
+    assert figure is not None
+    axes = figure.axes[0]
+    crosses = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+    assert (
+        crosses[0] == [] and crosses[1] == pytest.approx([1.0, 2.0], rel=0.05) and "×: broken" in axes.get_xlabel()
+    )
+    lines = [
+        list(line.get_ydata()) for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()) > 1
+    ]
+    assert lines == [[3.0, 2.5, 2.7]] and [3.1] in [list(line.get_ydata()) for line in axes.lines]
 
 
 def test_a_slow_seed_does_not_stretch_the_axis_of_seconds(small: Path) -> None:
