@@ -22,6 +22,7 @@ from typing import Any
 
 from scratchlm.evaluate.environment import describe_environment
 from scratchlm.files import write_json
+from scratchlm.train.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "recipes/speedrun/shakespeare-char.toml"
@@ -41,8 +42,7 @@ def ours(text: Path, threads: int, seed: int, folder: Path) -> float:
     ]
     options = ["--threads", str(threads), "--out", str(folder / "run"), "--data.cache", str(folder / "cache")]
     subprocess.run([*command, *options], check=True, capture_output=True)
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if line["kind"] == "validation"][-1]
+    found = [record for record in read_metrics(folder / "run/metrics.jsonl") if record["kind"] == "validation"][-1]
     return float(found["bits_per_byte"]) * math.log(2)
 
 

@@ -121,7 +121,12 @@ def _compiled(loop: Callable[..., None], parallel: bool) -> Callable[..., None]:
     """The loop on one thread or on several, under a name of its own: that is what numba tells kept code apart by."""
     name = loop.__name__ + ("_on_threads" if parallel else "_on_one")
     copy = FunctionType(loop.__code__, loop.__globals__, name)
-    copy.__qualname__ = name
+    return kept(copy, parallel)
+
+
+def kept(function: FunctionType, parallel: bool = False) -> Callable[..., Any]:
+    """Compiled at its first call for a dtype, and kept on disk under its name."""
+    function.__qualname__ = function.__name__
     # Sums in any order, so that they run side by side; NaN and infinities stay.
     options: dict[str, Any] = {
         "fastmath": {"reassoc", "contract", "nsz"},
@@ -129,9 +134,10 @@ def _compiled(loop: Callable[..., None], parallel: bool) -> Callable[..., None]:
         "parallel": parallel,
     }
     try:
-        return njit(cache=True, **options)(copy)
+        compiled: Callable[..., Any] = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(copy)
+        compiled = njit(**options)(function)
+    return compiled
 
 
 _matvec_on_one, _matvec_on_threads = _compiled(_matvec, False), _compiled(_matvec, True)

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int8
-from numba import carray, njit, prange
+from numba import carray, prange
 from torch import Tensor
 
 from scratchlm.kernels import compiled_rows
-from scratchlm.kernels.compiled_rows import pointer, rounded, widened
+from scratchlm.kernels.compiled_rows import kept, pointer, rounded, widened
 
 matvec_on_one = compiled_rows._matvec_on_one
 matvec_on_threads = compiled_rows._matvec_on_threads
@@ -62,14 +62,8 @@ _OF = hashlib.blake2b(Path(compiled_rows.__file__).read_bytes(), digest_size=4).
 
 
 def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call for a dtype."""
-    function = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_{_OF}")
-    function.__qualname__ = function.__name__
-    options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(function)
+    """As :func:`scratchlm.kernels.compiled_rows.kept`, under a name with :data:`_OF`."""
+    return kept(FunctionType(function.__code__, function.__globals__, f"{function.__name__}_{_OF}"))
 
 
 @_kept
