@@ -31,6 +31,7 @@ def child(name: str, given: argparse.Namespace) -> None:
         keep_freed_memory()
     import torch
     import torch.nn.functional as F
+    from resources import resident
 
     from scratchlm.kernels.cross_entropy import chunked_linear_cross_entropy
 
@@ -50,22 +51,17 @@ def child(name: str, given: argparse.Namespace) -> None:
         loss.backward()
         return float(loss.detach()) / given.tokens
 
-    def resident(peak: bool) -> int:
-        wanted = "VmHWM" if peak else "VmRSS"
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(wanted)).split()[1])
-
     if "compiled" in name:  # the compiler's memory is not the loss's
         small = torch.randn(given.tokens, given.width, requires_grad=True)
         chunked_linear_cross_entropy(small[:1], weight[:1], targets[:1] * 0, compiled=True)
-    before = resident(peak=False)
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     seconds = []
     for _ in range(2):  # the first pays for memory and compiler
         start = time.perf_counter()
         loss = step()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"loss": loss, "seconds": seconds[-1], "bytes": resident(peak=True) - before}))
+    print(json.dumps({"loss": loss, "seconds": seconds[-1], "bytes": resident("VmHWM") - before}))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from scratchlm.experiments.plan import Choice, Outcomes, Trial
 from scratchlm.experiments.results import Result, curve_of
 from scratchlm.experiments.spec import Variant, flattened_lists
 from scratchlm.model.draw.style import COLOURS, HUES, dress, new_figure
+from scratchlm.section import flat_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,8 +260,7 @@ def sweep_figure(comparison: Comparison) -> Figure | None:
             label=label,
         )
         gone = [x for x, loss in zip(places, losses, strict=True) if not math.isfinite(loss)]
-        axes.plot(gone, [0.97] * len(gone), "x", color=colour(number), transform=axes.get_xaxis_transform())
-        lost = lost or bool(gone)
+        lost |= _crosses(axes, gone, number)
     places_of_all = {float(settings[name][across]) for name in rows}
     positive = sorted(x for x in places_of_all if x > 0)
     if positive and positive[-1] >= 8 * positive[0]:
@@ -276,12 +276,13 @@ def sweep_figure(comparison: Comparison) -> Figure | None:
 
 def _setting(variant: Variant, path: str) -> Any:
     """What a variant says of a field: in its changes, else in its recipe (of a preset, none)."""
-    if path in variant.changes:
-        return variant.changes[path]
-    found: Any = variant.recipe
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+    return variant.changes.get(path, flat_fields(variant.recipe).get(path))
+
+
+def _crosses(axes: Axes, places: Sequence[float], number: int) -> bool:
+    """What has no loss, at the upper edge; whether there is any."""
+    axes.plot(places, [0.97] * len(places), "x", color=colour(number), transform=axes.get_xaxis_transform())
+    return bool(places)
 
 
 def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure | None:
@@ -304,9 +305,7 @@ def rates_figure(choices: Mapping[str, Choice], order: Sequence[str]) -> Figure 
         )
         broken = [f for f, loss in choices[name].losses.items() if not math.isfinite(loss)]
         # Side by side where several break at one rate.
-        places = [f * 2 ** (0.03 * number) for f in broken]
-        axes.plot(places, [0.97] * len(places), "x", color=colour(number), transform=axes.get_xaxis_transform())
-        lost = lost or bool(broken)
+        lost |= _crosses(axes, [f * 2 ** (0.03 * number) for f in broken], number)
         best = choices[name].factor
         if best in losses:
             axes.plot([best], [losses[best]], marker="o", markersize=11, fillstyle="none", color=colour(number))
