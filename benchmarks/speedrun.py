@@ -47,7 +47,7 @@ def ours(text: Path, threads: int, seed: int, folder: Path) -> float:
 
 
 def theirs(text: Path, threads: int, seed: int, folder: Path) -> float:
-    command = [sys.executable, str(HERE / "gpt2_style.py"), str(text), str(threads), str(seed)]
+    command = [sys.executable, str(HERE / "gpt2_style.py"), str(text), "cpu", str(threads), str(seed)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["loss"])
 

@@ -1,10 +1,11 @@
 """A training step against those that users would pick, on the same shapes: tokens/s, share of the machine's matmul peak, memory.
 
     python benchmarks/train.py --shapes 6M --out docs/results/train
+    python benchmarks/train.py --device cuda --shapes 124M --out docs/results/gpu/train
 
 Every contender is a process of its own, so that its allocator and its peak of memory are its own. All are started and warmed
 up first; then they take turns, a few steps each, while the others sleep, and so does the measurement of the ceiling: products
-of large matrices. Ours is the trainer itself (``Trainer.fit``), with loader, clipping, metrics and all. ``--hold`` waits for a line on
+of large matrices. Memory is the resident set, on a GPU what torch had allocated at most. Ours is the trainer itself (``Trainer.fit``), with loader, clipping, metrics and all. ``--hold`` waits for a line on
 standard input before the measurement, so that one can wait for a quiet machine. The last line printed is the result as JSON.
 """
 
@@ -24,17 +25,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: vocabulary 10,000, tied embeddings, heads of 64, d_ff by the model's own rule (8/3 d_model)."""
+    """A Llama with tied embeddings, d_ff by the model's own rule (8/3 d_model)."""
 
     d_model: int
     layers: int
     batch: int
     context: int = 256
     vocab: int = 10_000
+    head_dim: int = 64
+    device: str = "cpu"
 
     @property
     def heads(self) -> int:
-        return self.d_model // 64
+        return self.d_model // self.head_dim
 
     @property
     def d_ff(self) -> int:
@@ -51,6 +54,10 @@ SHAPES = {
     "18M": Shape(512, 4, 16),
     "31M": Shape(512, 8, 8),
     "64M": Shape(768, 8, 4),
+    # For a GPU, with GPT-2's vocabulary. The batches are what four (for 1B: two) contenders hold side by side in 80 GB.
+    "124M": Shape(768, 12, 16, 1024, 50_304, device="cuda"),
+    "350M": Shape(1024, 24, 8, 1024, 50_304, device="cuda"),
+    "1B": Shape(2048, 18, 4, 2048, 50_304, 128, device="cuda"),
 }
 OURS, CEILING = "scratchlm", "ceiling"
 CONTENDERS = {
@@ -127,7 +134,7 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
         figures["gflops"] = statistics.median(per_second) * figures["flops_per_token"] / 1e9
         for kind in ceiling:
             figures[f"share_of_{kind}_ceiling"] = figures["gflops"] / ceiling[kind]["median"]
-        figures["peak_resident_mb"] = ends[contender]["peak_mb"]
+        figures["peak_mb"] = ends[contender]["peak_mb"]
         del figures["warm_seconds"]
     ours = found.get(OURS, {}).get("tokens_per_second", {}).get("median")
     if ours:
@@ -138,7 +145,8 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all of the device")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="per turn")
@@ -146,6 +154,9 @@ def main() -> None:
     parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before measuring")
     parser.add_argument("--out", type=Path, help="folder for results-<shape>.json")
     options = parser.parse_args()
+    shapes = options.shapes or [name for name, shape in SHAPES.items() if shape.device == options.device]
+    if strange := [name for name in shapes if SHAPES[name].device != options.device]:
+        parser.error(f"{strange[0]} is a shape for {SHAPES[strange[0]].device}, not for {options.device}")
     from scratchlm.evaluate.environment import describe_environment
 
     results = {
@@ -158,13 +169,13 @@ def main() -> None:
         "steps_per_turn": options.steps,
         "shapes": {},
     }
-    for name in options.shapes:
+    for name in shapes:
         found = measure(name, options.contenders, options.rounds, options.steps, options.threads, options.hold)
         results["shapes"][name] = found
         for contender, figures in found["contenders"].items():
             print(
                 f"{name:4} {contender:22} {figures['tokens_per_second']['median']:8,.0f} tok/s  "
-                f"{figures['share_of_bf16_ceiling']:4.0%} of bf16  {figures['peak_resident_mb']:6,.0f} MB  "
+                f"{figures['share_of_bf16_ceiling']:4.0%} of bf16  {figures['peak_mb']:6,.0f} MB  "
                 f"ours × {figures.get('ours_times_as_fast', 0):.2f}",
                 file=sys.stderr,
             )

@@ -30,17 +30,40 @@ def answer(what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def turns() -> Iterator[int]:
+def peak_bytes(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def turns(device: str) -> Iterator[int]:
     """The numbers of steps that are asked for, until the end."""
     for line in sys.stdin:
         if line.strip() == "end":
-            answer({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6})
+            answer({"peak_mb": peak_bytes(device) / 1e6})
             return
         yield int(line)
 
 
-def serve(step: Callable[[], Any]) -> None:
-    for steps in turns():
+def wait_for(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def serve(step: Callable[[], Any], device: str) -> None:
+    for steps in turns(device):
+        if device == "cuda":  # the steps of a turn run into each other there, as they do in training
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            wait_for(device)
+            answer([(time.perf_counter() - start) / steps])
+            continue
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -56,30 +79,37 @@ def introduce(parameters: int, flops: int) -> None:
 # --- the ceiling ------------------------------------------------------------------------------------------------------
 
 
-def ceiling() -> None:
+def ceiling(device: str) -> None:
     import torch
 
     sizes = [(2048, 2048, 2048), (4096, 1024, 1024), (4096, 256, 1024)]
+    if device == "cuda":
+        sizes = [(8192, 8192, 8192), (16384, 4096, 4096)]
+    repeats = 1 if device == "cpu" else 5
 
     def best(dtype: torch.dtype) -> float:
         speeds = []
         for rows, inner, columns in sizes:
-            x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+            x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, columns))
             ways = [lambda x=x, weight=weight: x @ weight.T]
-            if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # MKL is not the best on AMD
+            if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+                # MKL is not the best on AMD
                 ways.append(
                     lambda x=x, weight=weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
                 )
             for way in ways:
                 way()
                 for _ in range(3):
+                    wait_for(device)
                     start = time.perf_counter()
-                    way()
-                    speeds.append(2 * rows * inner * columns / (time.perf_counter() - start) / 1e9)
+                    for _ in range(repeats):
+                        way()
+                    wait_for(device)
+                    speeds.append(repeats * 2 * rows * inner * columns / (time.perf_counter() - start) / 1e9)
         return max(speeds)
 
     introduce(0, 0)
-    for _ in turns():
+    for _ in turns(device):
         answer([{"bf16": best(torch.bfloat16), "fp32": best(torch.float32)}])
 
 
@@ -95,13 +125,15 @@ class GatedBatches:
 
     def __init__(self, shape: Shape, introduce: Callable[[], None]) -> None:
         self.shape, self.introduce = shape, introduce
-        self.turns, self.left, self.times, self.at = turns(), -1, [], 0.0
+        self.turns, self.left, self.times, self.at = turns(shape.device), -1, [], 0.0
 
     def next_batch(self) -> Any:
         import torch
 
         from scratchlm.data.loader import Batch
 
+        if self.left == 1:
+            wait_for(self.shape.device)  # the turn's last step is over when the GPU has done it
         now = time.perf_counter()
         if self.left >= 0:
             self.times.append(now - self.at)
@@ -155,7 +187,7 @@ def scratchlm(shape: Shape, compile: str) -> None:
             ),
             optim=OptimConfig(),
             folder=Path(folder),
-            device=torch.device("cpu"),
+            device=torch.device(shape.device),
             say=lambda message: print(message, file=sys.stderr),
             show_progress=False,
         )
@@ -183,17 +215,18 @@ def peer(
     )
 
     def step() -> None:
-        ids = torch.randint(shape.vocab, (shape.batch, shape.context + 1))
+        ids = torch.randint(shape.vocab, (shape.batch, shape.context + 1), device=shape.device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(shape.device, dtype=torch.bfloat16, enabled=autocast):
             loss = loss_of(model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     step()
+    wait_for(shape.device)
     introduce(sum(p.numel() for p in model.parameters()), flops_per_token(shape, matrix_params))
-    serve(step)
+    serve(step, shape.device)
 
 
 def transformers(shape: Shape, variant: str) -> None:
@@ -211,7 +244,7 @@ def transformers(shape: Shape, variant: str) -> None:
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model: Any = LlamaForCausalLM(config).train()
+    model: Any = LlamaForCausalLM(config).to(shape.device).train()
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the tied head is the embedding
     if variant != "autocast":
         model = model.to(torch.bfloat16)
@@ -236,7 +269,7 @@ def nanogpt(shape: Shape, patched: bool) -> None:
     import torch
     from gpt2_style import GPT
 
-    model = GPT(shape.vocab, shape.context, shape.d_model, shape.layers, shape.heads)
+    model = GPT(shape.vocab, shape.context, shape.d_model, shape.layers, shape.heads).to(shape.device)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.wpe.weight.numel()
     peer(
         shape,
@@ -269,7 +302,7 @@ def litgpt(shape: Shape) -> None:
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
     )
-    model = GPT(config)
+    model = GPT(config).to(shape.device)
     model.apply(model._init_weights)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.transformer.wte.weight.numel()
     peer(
@@ -293,7 +326,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if name == CEILING:
-        ceiling()
+        ceiling(shape.device)
     elif name.startswith("scratchlm"):
         scratchlm(shape, "off" if name.endswith("eager") else "auto")
     elif name.startswith("transformers"):
