@@ -277,10 +277,20 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="bf16: autocast, weights stay fp32; auto: bf16 where the hardware is faster with it.",
+        description="bf16: products in bf16 (see weights); auto: bf16 where the hardware is faster with it.",
+    )
+    weights: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="With precision = bf16. fp32: autocast rounds them where they are used. bf16: computed with a rounded copy, activations and "
+        "gradients in bf16, too; the optimizer keeps fp32 masters.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
+    )
+    compile_mode: Literal["default", "cuda_graphs", "max_autotune", "max_autotune_cuda_graphs"] = Field(
+        default="default",
+        description="What torch.compile spends more time on: cuda_graphs record all launches of a pass once and replay them (for small models on a "
+        "GPU), max_autotune measures several kernels for each product.",
     )
     activation_checkpointing: Literal["none", "selective", "blocks"] = Field(
         default="none",
@@ -397,6 +407,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         train = self.train
+        if train.precision == "fp32" and train.weights == "bf16":
+            raise ValueError(
+                "train.weights = bf16 with train.precision = fp32: set precision = bf16 (or auto), or leave the weights in fp32"
+            )
         for name, number in (("accumulation", train.accumulation), ("micro_batch", train.micro_batch)):
             if isinstance(number, int) and train.batch_size % number:
                 raise ValueError(f"train.{name} = {number} does not divide train.batch_size = {train.batch_size}")

@@ -65,6 +65,16 @@ class RouterRecord:
             entropy=self.entropy.detach(),
         )
 
+    def cloned(self) -> RouterRecord:
+        """The same figures in memory of their own."""
+        return replace(
+            self,
+            loss=self.loss.clone(),
+            load=self.load.clone(),
+            dropped=self.dropped.clone(),
+            entropy=self.entropy.clone(),
+        )
+
     def plus(self, other: RouterRecord) -> RouterRecord:
         """Both passes together: sums."""
         return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -36,6 +37,7 @@ from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
 from scratchlm.train.signals import Interrupted, Signals
+from scratchlm.train.working_copy import WorkingCopy
 
 
 class Loader(Protocol):
@@ -52,8 +54,12 @@ class Loss(Protocol):
     compiled: bool
 
     def __call__(self, batch: Any) -> Tensor: ...
-    def compile(self) -> None: ...
+    def compile(self, mode: str = "default") -> None: ...
     def eager(self) -> None: ...
+
+    def use(self, model: Transformer) -> None:
+        """Compute with this model, a copy of the one so far."""
+        ...
 
     def targets(self, batch: Any) -> Tensor:
         """The targets of a batch that the loss sums over; IGNORE_INDEX elsewhere."""
@@ -114,6 +120,7 @@ class Trainer:
     _figures: dict[str, Any] = field(default_factory=dict)
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
+    _working: WorkingCopy | None = None
 
     def fit(self) -> Progress:
         """Train until `config.steps`, from the newest checkpoint if there is one.
@@ -162,14 +169,26 @@ class Trainer:
         else:  # asked anew even if it was on: the compiler may have gone since
             compiling = choose_compile(config.compile, self.device, config.steps)
         self.state.precision, self.state.compile = precision.value, compiling.value
+        self._make_working_copy()
         self.say(
-            f"training on {self.device.type}: {precision.value} ({precision.reason}), "
+            f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
         if compiling.value == "on":
-            self.loss.compile()
+            self.loss.compile(config.compile_mode)
         if self.config.parts is None:
             self._fit_memory(as_before=found[-1].state().get("parts") if found else None)
+
+    def _make_working_copy(self) -> None:
+        """If weights are to be bf16, too, where products are: the loss computes with a copy from now on."""
+        if self.config.weights == "fp32" or self.state.precision != "bf16":
+            return
+        self._working = WorkingCopy(self.model)
+        self.loss.use(self._working.model)
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        """Where the loss is computed: a working copy needs no autocast."""
+        return contextlib.nullcontext() if self._working else autocast(self.state.precision, self.device)
 
     @property
     def parts(self) -> int:
@@ -192,7 +211,9 @@ class Trainer:
             return
         with fitting.untouched_generators(self.device):
             state = self.optimizers.named_state().values()
-            held = fitting.held_bytes([*self.model.parameters(), *self.model.buffers(), *state], self.device)
+            copied = [] if self._working is None else list(self._working.model.parameters())
+            weights = [*self.model.parameters(), *self.model.buffers(), *copied]
+            held = fitting.held_bytes([*weights, *state], self.device)
             how = self.state.precision, self.loss.compiled
             size, need = fitting.choose(config, *how, self.device, held, self.plan, self.say)
             self._parts = config.batch_size // size
@@ -207,6 +228,8 @@ class Trainer:
     def _forget_step(self) -> None:
         """Gradients and sums of a step that does not count."""
         self.optimizers.zero_grad()
+        if self._working is not None:
+            self._working.forget()
         self.loss.after_step(updated=False)
         fitting.release(self.device)
 
@@ -287,6 +310,8 @@ class Trainer:
         self.loss.after_step(updated)
         if updated:
             self.optimizers.step()  # 6
+            if self._working is not None:
+                self._working.refresh()
             self.state.skipped_in_a_row = 0
             return mean, norm, tokens
         return self._skip(mean, norm), norm, tokens
@@ -366,10 +391,12 @@ class Trainer:
         self.optimizers.zero_grad()  # 2
         for batch in micro_batches:
             self._begins("forward")
-            with autocast(self.state.precision, self.device):
+            with self._computing():
                 loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
             self._begins("backward")
             (loss / max(tokens, 1)).backward()  # 5
+            if self._working is not None:
+                self._working.collect()
             total += loss.detach()
         self._begins("optimizer")
         return total

@@ -25,6 +25,14 @@ from scratchlm.kernels.cross_entropy import (
 from scratchlm.model.context import Context, RouterRecord
 from scratchlm.model.transformer import Transformer
 
+COMPILE_MODES = {
+    "default": None,
+    "cuda_graphs": "reduce-overhead",
+    "max_autotune": "max-autotune-no-cudagraphs",
+    "max_autotune_cuda_graphs": "max-autotune",
+}
+"""``train.compile_mode`` → torch's name."""
+
 
 class Batch(Protocol):
     """What a batch source yields: int64 tensors of shape (batch, length)."""
@@ -74,25 +82,37 @@ class NextTokenLoss:
         self.mtp_weight = mtp_weight
         self.checkpointing = checkpointing
         self.body = model.body
-        self.compiled = False
+        self.compiled = self._replayed = False
         self.rows: int | None = None  # of the chunked loss; None: the kernel's own
         self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0
         self._forget()
 
-    def compile(self) -> None:
-        """Run the model's blocks and the pointwise part of the loss through torch.compile."""
-        self.body = torch.compile(self.model.body, dynamic=False)
+    def use(self, model: Transformer) -> None:
+        """Compute with `model`, a copy of the one before, from now on."""
+        self.model = model
+        self.eager()
+
+    def compile(self, mode: str = "default") -> None:
+        """Run the model's blocks and the pointwise part of the loss through torch.compile.
+
+        Args:
+            mode: as ``train.compile_mode``.
+        """
+        self.body = torch.compile(self.model.body, dynamic=False, mode=COMPILE_MODES[mode])
         self.compiled = True
+        self._replayed = mode.endswith("cuda_graphs")
 
     def eager(self) -> None:
         """Undo :meth:`compile`."""
         self.body = self.model.body
-        self.compiled = False
+        self.compiled = self._replayed = False
         self._forget()  # what a failed compilation has seen is seen again
 
     def __call__(self, batch: Batch) -> Tensor:
         context = self.model.context(batch.inputs, batch.positions, batch.documents)
         context = replace(context, checkpointing=self.checkpointing)
+        if self._replayed:  # the graph's memory, with what the last pass left in it, is about to be used again
+            torch.compiler.cudagraph_mark_step_begin()
         hidden, routers = self.model.run(batch.inputs, context, self.body)
         targets = self.targets(batch)
         objective, nats = self._head(hidden, targets)
@@ -154,8 +174,12 @@ class NextTokenLoss:
         extra = objective.detach() - nats
         self._extra = extra if self._extra is None else self._extra + extra
         for record in routers:
-            before = self._records.get(record.layer)
-            self._records[record.layer] = record.detached() if before is None else before.plus(record.detached())
+            before, found = self._records.get(record.layer), record.detached()
+            if before is not None:
+                found = before.plus(found)
+            elif self._replayed:
+                found = found.cloned()
+            self._records[record.layer] = found
 
     def extra(self) -> Tensor | None:
         """What the objective held beyond the cross-entropy since :meth:`after_step`, summed; None: no batch yet."""

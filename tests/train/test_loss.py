@@ -261,3 +261,17 @@ def test_compiled_and_eager_agree(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(loss(batch()), eager)
     loss.eager()
     assert loss(batch()).equal(eager)
+
+
+@pytest.mark.parametrize("mode", ["cuda_graphs", "max_autotune"])
+def test_a_mode_of_the_compiler_changes_no_figure(mode: str) -> None:
+    """On a GPU the next replay writes over what the pass before has left: figures of the step must not change with it."""
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        loss = NextTokenLoss(model_of(moe=MOE))
+        if compile:
+            loss.compile(mode)
+        total = [loss(batch(seed)) for seed in (0, 1)]
+        found.append([*(float(one.detach()) for one in total), *loss.figures()["expert_load"][0]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
