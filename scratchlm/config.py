@@ -284,6 +284,10 @@ class TrainConfig(Section):
         description="With precision = bf16. fp32: autocast rounds them where they are used. bf16: computed with a rounded copy, activations and "
         "gradients in bf16, too; the optimizer keeps fp32 masters.",
     )
+    fp8: bool = Field(
+        default=False,
+        description="With precision = bf16, on GPUs that have it (Hopper and newer): the products of the blocks' linear layers in 8 bits.",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile; auto: where a compiler exists and the run is long enough."
     )

@@ -86,9 +86,11 @@ class Pipeline:
 
     def _check_machine(self) -> None:
         """What the recipe demands and the machine lacks is said now, not after an hour of tokenising."""
-        from scratchlm.train.precision import choose_compile, choose_precision
+        from scratchlm.train.precision import check_fp8, choose_compile, choose_precision
 
-        choose_precision(self.recipe.train.precision, self.device)
+        precision = choose_precision(self.recipe.train.precision, self.device)
+        if self.recipe.train.fp8:
+            check_fp8(precision.value, self.device)
         choose_compile(self.recipe.train.compile, self.device, self.recipe.train.steps)
         if self.recipe.generate.weights == "int8":
             from scratchlm.generate.fused_step import why_not_config

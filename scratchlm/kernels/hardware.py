@@ -46,6 +46,11 @@ def has_native_bf16(device_type: str) -> bool:
     return device_type == "cpu" and _cpu_has_bf16()
 
 
+def has_native_fp8(device: torch.device) -> bool:
+    """Whether `device` multiplies 8-bit floating point natively: CUDA of compute capability 8.9 (Ada), 9.0 (Hopper) or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def onednn_beats_mkl() -> bool:
     """Whether fp32 products on the CPU had better go to oneDNN than to MKL, torch's choice.

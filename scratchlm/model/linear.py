@@ -8,6 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scratchlm.kernels import fp8_matmul
 from scratchlm.kernels.matmul import linear
 
 
@@ -25,7 +26,12 @@ class Linear(nn.Module):
         residual_output: this is the last linear of a residual branch (or the head): initialisation may treat it apart.
         role: how the optimizer groups the weight.
         reference: compute by the formula.
+
+    Attributes:
+        fp8: while training, multiply in 8 bits where the sizes allow it (:mod:`scratchlm.kernels.fp8_matmul`).
     """
+
+    fp8 = False
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class Linear(nn.Module):
         self.residual_output = residual_output
         self.reference = reference
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.role = role
         self.weight.role = role  # type: ignore[attr-defined]  # read by the optimizer's grouping
         if parts:
             self.weight.muon_split = parts  # type: ignore[attr-defined]
@@ -70,6 +77,9 @@ class Linear(nn.Module):
         if self.reference:
             product = einsum(x, self.weight, "... d_in, d_out d_in -> ... d_out")
             return product if bias is None else product + bias
+        if self.fp8 and self.training and fp8_matmul.fits(x, self.weight):
+            product = fp8_matmul.fp8_linear(x, self.weight)
+            return product if bias is None else product + bias.to(product.dtype)
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)  # of a model whose file mixes dtypes, such as a head in fp32
         return linear(x, self.weight, bias)

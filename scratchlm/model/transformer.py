@@ -198,6 +198,13 @@ class Transformer(nn.Module):
         """
         return self.logits(self.hidden(ids, positions, documents, cache, prefix))
 
+    def multiply_in_fp8(self) -> None:
+        """Have the linear layers of the blocks (not the head, no router) multiply in 8 bits while training."""
+        for block in [*self.blocks, *self.predictions]:
+            for module in block.modules():
+                if isinstance(module, Linear) and module.role != "router":
+                    module.fp8 = True
+
     def num_params(self) -> int:
         """Distinct parameters: a tied head's weight is counted once."""
         return self._count("num_params")

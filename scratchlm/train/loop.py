@@ -35,7 +35,7 @@ from scratchlm.train.checkpoint import (
 )
 from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
-from scratchlm.train.precision import Decision, autocast, choose_compile, choose_precision
+from scratchlm.train.precision import Decision, autocast, check_fp8, choose_compile, choose_precision
 from scratchlm.train.signals import Interrupted, Signals
 from scratchlm.train.working_copy import WorkingCopy
 
@@ -170,8 +170,12 @@ class Trainer:
             compiling = choose_compile(config.compile, self.device, config.steps)
         self.state.precision, self.state.compile = precision.value, compiling.value
         self._make_working_copy()
+        if config.fp8:
+            check_fp8(precision.value, self.device)
+            computing = self.model if self._working is None else self._working.model
+            computing.multiply_in_fp8()
         self.say(
-            f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''} ({precision.reason}), "
+            f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
         if compiling.value == "on":

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from scratchlm.errors import UserError
-from scratchlm.kernels.hardware import has_native_bf16
+from scratchlm.kernels.hardware import has_native_bf16, has_native_fp8
 
 Precision = Literal["fp32", "bf16"]
 
@@ -70,6 +70,21 @@ def choose_precision(wanted: str, device: torch.device) -> Decision:
     if has_native_bf16(device.type):
         return Decision("bf16", "this CPU multiplies bf16 natively")
     return Decision("fp32", "this CPU does not multiply bf16 natively, as far as torch can tell")
+
+
+def check_fp8(precision: str, device: torch.device) -> None:
+    """Refuse ``train.fp8`` where it cannot be had.
+
+    Raises:
+        UserError: the device multiplies no fp8, or the run is in fp32.
+    """
+    if not has_native_fp8(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(f"train.fp8 = true, but {name} does not multiply fp8; leave it out")
+    if precision != "bf16":
+        raise UserError(
+            f"train.fp8 = true, but the run is in {precision}: set train.precision = bf16, or leave fp8 out"
+        )
 
 
 def find_compiler() -> str | None:

@@ -121,3 +121,22 @@ def test_a_resumed_run_goes_on_to_the_last_digit(tmp_path: Path, compile: str) -
 def test_in_fp32_they_are_refused() -> None:
     with pytest.raises(UserError, match=r"weights = bf16 with train\.precision = fp32"):
         validate(Recipe, {"train": {"weights": "bf16", "precision": "fp32"}}, "recipe")
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_products_in_fp8_are_those_of_the_computing_model(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU only because it is pretended to have them: its products in fp8 are right, and slow."""
+    monkeypatch.setattr("scratchlm.train.precision.has_native_fp8", lambda device: True)
+    said: list[str] = []
+    run = trained(tmp_path, 2, train={"weights": weights, "fp8": True}, said=said, loader=RandomBatches(4))
+    assert "products in fp8" in said[0]
+    computing = run.model if run._working is None else run._working.model
+    assert all(module.fp8 for block in computing.blocks for module in block.modules() if hasattr(module, "fp8"))
+    assert run.model.blocks[0].feedforward.gate_up.fp8 == (weights == "fp32")
+    other = trained(tmp_path / "without", 2, train={"weights": weights}, loader=RandomBatches(4))
+    differing = [
+        not torch.equal(a, b) for a, b in zip(run.model.parameters(), other.model.parameters(), strict=True)
+    ]
+    assert any(differing)
