@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than nine minutes: the kernels' tests, then each benchmark that there is.
+# Everything that needs a GPU, in one call of less than nine minutes.
 #
-#     OUT=folder benchmarks/gpu.sh
+#     OUT=folder benchmarks/gpu.sh [tests memory train big-train attention speedrun time …]       (default: all)
 #
-# Each step has its own limit, and one that fails does not stop those after it. Results go to $OUT (default: docs/results/gpu); the last line
-# is JSON: the exit status and the seconds of every step (124: it ran into its limit).
+# First, side by side, what is not timed: the tests, peaks of memory, and everything that a later step will find compiled. Then, alone, what is. Each step has
+# its own limit, and one that fails does not stop those after it. Results go to $OUT (default: docs/results/gpu); the last line is JSON: the exit status and
+# the seconds of every step (124: it ran into its limit). TEXT names tiny Shakespeare for the speedrun, which is left out without it.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-docs/results/gpu}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+WANTED=" ${*:-tests memory train big-train attention grid time speedrun} "
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "gpu.sh: torch in $PYTHON sees no CUDA device: run it on a machine with one, or set PYTHON" >&2
@@ -18,26 +20,73 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
 
-steps=""
-failed=0
-step() { # name, limit in seconds, command …
+wanted() { [[ $WANTED == *" $1 "* ]]; }
+note() { echo "$1 $2 $3" >>"$OUT/steps.txt"; } # name, exit status, seconds
+step() {                                        # name, limit in seconds, command …
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
     timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
     status=$?
-    [ "$status" -eq 0 ] || failed=1
-    tail -n 3 "$OUT/$name.log"
-    steps="$steps${steps:+, }\"$name\": {\"status\": $status, \"seconds\": $((SECONDS - start))}"
+    note "$name" "$status" $((SECONDS - start))
+    echo "== $name: status $status, $((SECONDS - start)) s"
+    tail -n 3 "$OUT/$name.log" | cut -c1-1500
 }
+: >"$OUT/steps.txt"
 
-step tests 120 "$PYTHON" -m pytest -m "not slow" tests/kernels/test_flash_attention.py tests/kernels/test_flash_attention_triton.py
-# 16 heads of 64 first, the shape that the target names; then a corner of the course's grid. The whole grid: benchmarks/attention.py alone.
-step attention 110 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
-    --lengths 1024 4096 16384 --rounds 5 --budget 90 --out "$OUT/attention"
-step attention-grid 110 "$PYTHON" benchmarks/attention.py --device cuda --widths 64 128 --dtypes bf16 fp32 \
-    --lengths 512 4096 32768 --rounds 3 --budget 90 --out "$OUT/attention-grid"
-for name in train generate; do
-    [ -f "benchmarks/$name.py" ] && step "$name" 85 "$PYTHON" "benchmarks/$name.py" --out "$OUT/$name"
+# --- side by side -----------------------------------------------------------------------------------------------------
+train() { # name, shapes … : starts, compiles, and waits for a line before it measures
+    local name=$1
+    shift
+    mkfifo "$OUT/$name.go"
+    (step "$name" 240 "$PYTHON" benchmarks/train.py --device cuda --hold --rounds 5 --steps 8 --out "$OUT/train" "$@" <"$OUT/$name.go") &
+    pids+=($!)
+}
+warm() { until grep -q "all are warm" "$OUT/$1.log" 2>/dev/null || ! kill -0 "$2" 2>/dev/null; do sleep 0.5; done; }
+rm -f "$OUT"/*.go
+pids=()
+others=()
+names=()
+if wanted train; then
+    train train-124M --shapes 124M --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
+    names=(train-124M)
+fi
+if wanted tests; then
+    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 4")
+    # shellcheck disable=SC2086
+    step tests 170 "$PYTHON" -m pytest -q $parallel -m "not slow" -p no:cacheprovider tests/kernels tests/train/test_loss.py \
+        tests/train/test_working_copy.py &
+    others+=($!)
+fi
+wanted memory && { step memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --out "$OUT/resources" & others+=($!); }
+wanted attention && { # compiles and tunes nothing that is kept in memory, but Triton keeps what it compiled
+    step attention-compiled 170 "$PYTHON" benchmarks/attention.py --device cuda --heads 1 --widths 64 --dtypes bf16 --lengths 1024 4096 16384 \
+        --rounds 1 --least 0.001 --out "$OUT/unused" & others+=($!); }
+for number in "${!names[@]}"; do warm "${names[number]}" "${pids[number]}"; done
+[ ${#others[@]} -gt 0 ] && wait "${others[@]}"
+
+# --- alone ------------------------------------------------------------------------------------------------------------
+for number in "${!names[@]}"; do
+    echo >"$OUT/${names[number]}.go"
+    wait "${pids[number]}"
 done
-echo "{\"steps\": {$steps}, \"out\": \"$OUT\"}"
-exit "$failed"
+wanted big-train && {
+    step train-350M 120 "$PYTHON" benchmarks/train.py --device cuda --shapes 350M --rounds 4 --steps 6 --out "$OUT/train" \
+        --contenders scratchlm scratchlm-bf16 transformers-compiled litgpt
+    step train-1B 130 "$PYTHON" benchmarks/train.py --device cuda --shapes 1B --rounds 4 --steps 4 --out "$OUT/train" \
+        --contenders scratchlm-bf16 transformers-compiled litgpt
+}
+# 16 heads of 64, the shape that the target names; then a corner of the course's grid. The whole grid: benchmarks/attention.py alone.
+wanted attention && step attention 70 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
+    --lengths 1024 4096 16384 --rounds 5 --budget 60 --out "$OUT/attention"
+wanted grid && step attention-grid 70 "$PYTHON" benchmarks/attention.py --device cuda --widths 64 128 --dtypes bf16 fp32 \
+    --lengths 512 4096 32768 --rounds 3 --budget 60 --out "$OUT/attention-grid"
+wanted time && step time 80 "$PYTHON" benchmarks/resources_cuda.py --what time --out "$OUT/resources"
+wanted speedrun && [ -n "${TEXT:-}" ] && step speedrun 200 "$PYTHON" benchmarks/speedrun.py --text "$TEXT" --device cuda --rounds 1 --ours 3 --out "$OUT/speedrun"
+rm -rf "$OUT"/*.go "$OUT/unused"
+"$PYTHON" - "$OUT" <<'PYTHON'
+import json, pathlib, sys
+
+steps = [line.split() for line in pathlib.Path(sys.argv[1], "steps.txt").read_text().splitlines()]
+print(json.dumps({"steps": {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in steps}, "out": sys.argv[1]}))
+sys.exit(any(int(status) for _, status, _ in steps))
+PYTHON

@@ -157,7 +157,7 @@ class GatedBatches:
         raise NotImplementedError
 
 
-def scratchlm(shape: Shape, compile: str) -> None:
+def scratchlm(shape: Shape, **options: Any) -> None:
     import torch
 
     from scratchlm.config import OptimConfig, TrainConfig
@@ -183,7 +183,7 @@ def scratchlm(shape: Shape, compile: str) -> None:
             loss=NextTokenLoss(model),
             loader=gated,
             config=TrainConfig(
-                steps=10**6, batch_size=shape.batch, compile=compile, checkpoint_interval=10**6, eval_interval=10**6
+                steps=10**6, batch_size=shape.batch, checkpoint_interval=10**6, eval_interval=10**6, **options
             ),
             optim=OptimConfig(),
             folder=Path(folder),
@@ -328,7 +328,8 @@ def main() -> None:
     if name == CEILING:
         ceiling(shape.device)
     elif name.startswith("scratchlm"):
-        scratchlm(shape, "off" if name.endswith("eager") else "auto")
+        options = {"eager": {"compile": "off"}, "bf16": {"precision": "bf16", "weights": "bf16"}}
+        scratchlm(shape, **options.get(name.partition("-")[2], {}))
     elif name.startswith("transformers"):
         transformers(shape, name.partition("-")[2])
     elif name.startswith("nanogpt"):
