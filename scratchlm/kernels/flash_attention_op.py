@@ -43,13 +43,16 @@ def _warn(what: str) -> None:
     warnings.warn(what, stacklevel=4)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there; if they should and do not, a warning says why, once."""
+TILED = "attention_kernel = flash is computed tile by tile in torch"
+
+
+def runs_on(device: torch.device, otherwise: str = TILED) -> bool:
+    """Whether Triton's kernels run there; if they should and do not, a warning says what happens otherwise and why, once."""
     if device.type != "cuda" and not INTERPRETED:
         return False
     reason = _trouble(device)
     if reason is not None:
-        say_once(f"attention_kernel = flash is computed tile by tile in torch, which is slower: {reason}")
+        say_once(f"{otherwise}, which is slower: {reason}")
     return reason is None
 
 

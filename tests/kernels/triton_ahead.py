@@ -1,4 +1,6 @@
-"""Compile the attention kernels for a GPU that is not there: ``python triton_ahead.py 90 [--all]`` prints a JSON line per kernel.
+"""Compile kernels for a GPU that is not there: ``python triton_ahead.py 90 [--all | --loss]`` prints a JSON line per kernel.
+
+Those of attention, small with everything in them or every candidate (``--all``); or the loss's, as it is launched (``--loss``).
 
 Triton's interpreter accepts what its compiler may refuse, and knows nothing of registers. A process of its own, because the interpreter,
 once chosen, replaces the compiler for the whole process.
@@ -7,6 +9,7 @@ once chosen, replaces the compiler for the whole process.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -20,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from scratchlm.kernels import cross_entropy_triton as loss
 from scratchlm.kernels import flash_attention_triton as forward
 from scratchlm.kernels import flash_attention_triton_backward as backward
 
@@ -64,13 +68,47 @@ def compiled(
             signature[name] = "fp32" if name in ("scale", "cap") else "i32"
         if signature[name].startswith("*") or name.endswith(("_row", "_head", "_batch")):
             aligned[place,] = [["tt.divisibility", 16]]
+    options = {"num_warps": warps, "num_stages": stages}
+    return cubin(kernel, signature, given, aligned, options, capability)
+
+
+def cubin(
+    kernel: Any,
+    signature: dict[str, str],
+    given: dict[tuple[int], Any],
+    aligned: dict[tuple[int], Any],
+    options: dict[str, int],
+    capability: int,
+) -> Any:
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compiled_loss(dtype: str, capped: bool, vocab: int, capability: int) -> Any:
+    """The loss's kernel as a vocabulary launches it; one that 16 divides is known to the compiler as such."""
+    tiling = loss.tiling(vocab)
+    options = {"num_warps": tiling.pop("num_warps")}
+    constants = {"IGNORE": -100, "CAPPED": capped, "WRITES": True, **tiling}
+    types = {"products_at": dtype, "targets_at": "*i64", "objective_at": "*fp32", "nats_at": "*fp32"}
+    types |= dict.fromkeys(("products_row", "vocab"), "i32") | dict.fromkeys(("scale", "cap", "z_loss"), "fp32")
+    signature, given, aligned = {}, {}, {}
+    for place, parameter in enumerate(loss._loss_and_gradient.params):
+        name = parameter.name
+        signature[name] = types.get(name, "constexpr")
+        if name in constants:
+            given[place,] = constants[name]
+        elif name.endswith("_at") or (vocab % 16 == 0 and name in ("products_row", "vocab")):
+            aligned[place,] = [["tt.divisibility", 16]]
+    return cubin(loss._loss_and_gradient, signature, given, aligned, options, capability)
 
 
 def stack_bytes(cubin: bytes) -> int:
     """Bytes per thread that did not fit into registers."""
+    return usage(cubin, "STACK")
+
+
+def usage(cubin: bytes, what: str) -> int:
+    """Registers (REG) or bytes of stack (STACK) per thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -78,7 +116,7 @@ def stack_bytes(cubin: bytes) -> int:
         said = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         )
-    found = re.search(r"STACK:(\d+)", said.stdout)
+    found = re.search(rf"{what}:(\d+)", said.stdout)
     assert found, said.stdout
     return int(found[1])
 
@@ -98,7 +136,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", type=int)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--loss", action="store_true")
     options = parser.parse_args()
+    if options.loss:
+        for dtype, capped, vocab in itertools.product(("*bf16", "*fp32"), (False, True), (65, 50257, 50304)):
+            found = compiled_loss(dtype, capped, vocab, options.capability)
+            row = {"dtype": dtype, "capped": capped, "vocab": vocab, "shared": found.metadata.shared}
+            of_thread = {"registers": usage(found.asm["cubin"], "REG"), "stack": stack_bytes(found.asm["cubin"])}
+            print(json.dumps({**row, **of_thread}), flush=True)
+        return
     for name, dtype, width, tile, everything in jobs(options.all):
         found = compiled(KERNELS[name][0], dtype, width, tile, everything, options.capability)
         row = {"kernel": name, "dtype": dtype, "width": width, "tile": tile, "shared": found.metadata.shared}
