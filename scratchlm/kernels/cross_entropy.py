@@ -116,9 +116,11 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tup
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
-def rows_for(vocab: int, *, compiled: bool) -> int:
+def rows_for(vocab: int, *, compiled: bool, device_type: str = "cpu") -> int:
     """Tokens per block: 1,024, where the pointwise part is one pass; where it leaves copies behind, fewer for a large vocabulary, whose block then
-    has at most 2²⁵ logits, but 128 at least."""
+    has at most 2²⁵ logits, but 128 at least. On CUDA 1,024 to 16,384 with at most 2²⁹ logits: large products, few calls."""
+    if device_type == "cuda":
+        return max(1024, min(16384, 1 << (2**29 // vocab).bit_length() >> 1))
     return 1024 if compiled else max(128, min(1024, 1 << (2**25 // vocab).bit_length() >> 1))
 
 
