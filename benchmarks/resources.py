@@ -8,6 +8,8 @@ warming up, compared with the prediction from `scratchlm resources measure`, whi
 
 Start: whole processes of `scratchlm resources`, interleaved with one that only imports torch, by the clock and by the CPU's time.
 
+The same on a GPU: ``benchmarks/resources_cuda.py``.
+
 Run: ``python benchmarks/resources.py [--what memory time start] [--steps 12] [--out docs/results/resources]``.
 """
 
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +113,16 @@ def sections(given: dict[str, Any]) -> tuple[Any, Any, Any]:
     )
 
 
-def training(given: dict[str, Any]) -> tuple[Any, Any]:
-    """A function that does one step as the trainer does, and one that says how many bytes stay between two steps."""
+def training(
+    given: dict[str, Any], device: Any = None, watch: Callable[[str], None] = lambda phase: None
+) -> tuple[Any, Any]:
+    """A function that does one step as the trainer does, and one that says how many bytes stay between two steps.
+
+    Args:
+        given: the configuration.
+        device: where; None: the CPU.
+        watch: is told of every phase that is over.
+    """
     import torch
 
     from scratchlm.data.loader import Batch
@@ -121,22 +132,28 @@ def training(given: dict[str, Any]) -> tuple[Any, Any]:
     from scratchlm.train.loss import NextTokenLoss, loss_options
     from scratchlm.train.precision import autocast
 
+    device = device or CPU
     config, optim, train = sections(given)
-    model = Transformer(config, seed=0)
+    with device:  # a GPU draws its weights itself: a CPU takes seconds
+        model = Transformer(config, seed=0 if device.type == "cpu" else None)
     loss = NextTokenLoss(model, **loss_options(train))
     if given["compile"]:
         loss.compile()
     optimizers = build_optimizers(model, optim)
-    ids = torch.randint(config.vocab_size, (given["rows"], config.context_length))
+    ids = torch.randint(config.vocab_size, (given["rows"], config.context_length), device=device)
 
     def step() -> None:
         optimizers.zero_grad()
         for _ in range(train.accumulation):
-            with autocast(given["precision"], CPU):
+            with autocast(given["precision"], device):
                 objective = loss(Batch(ids, ids.roll(-1, 1)))
+            watch("forward")
             (objective / (ids.numel() * train.accumulation)).backward()
+            watch("backward")
         clip_grad_norm(list(model.parameters()), 1.0)
         optimizers.step()
+        watch("optimizer")
+        loss.after_step()
 
     def standing() -> int:
         tensors = [*model.parameters(), *model.buffers(), ids, *optimizers.named_state().values()]
@@ -189,23 +206,28 @@ def measure_time(given: dict[str, Any], steps: int) -> dict[str, Any]:
     return {"measured": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
 
 
-def predict(what: str, given: dict[str, Any]) -> float:
-    from scratchlm.resources.measurement import load_measurement
-    from scratchlm.resources.step import as_compiled_on_a_cpu, trace_step
-    from scratchlm.resources.timing import Measured, seconds_by_phase
+def traced(given: dict[str, Any], device_type: str = "cpu") -> Any:
+    """The step as `scratchlm resources` traces it."""
+    from scratchlm.resources.step import as_run_on, trace_step
 
     config, optim, train = sections(given)
-    if given["compile"]:
-        config = as_compiled_on_a_cpu(config, config.context_length)
-    step = trace_step(
-        config,
+    return trace_step(
+        as_run_on(device_type, config, config.context_length, given["compile"]),
         optim,
         train,
+        device_type=device_type,
         precision=given["precision"],
         micro_batch=given["rows"],
         accumulation=train.accumulation,
         compiled=given["compile"],
     )
+
+
+def predict(what: str, given: dict[str, Any]) -> float:
+    from scratchlm.resources.measurement import load_measurement
+    from scratchlm.resources.timing import Measured, seconds_by_phase
+
+    step = traced(given)
     if what == "memory":
         return step.memory.peak()[1]
     return sum(seconds_by_phase(step.trace, Measured(load_measurement()), given["compile"]).values())

@@ -314,7 +314,7 @@ class Pipeline:
                 trackers=trackers.log,
                 tokenizer=self.tokenizer,
                 seed=recipe.seed,
-                plan=plan_of(self.model_config, recipe.optim, recipe.train, on_cpu=self.device.type == "cpu"),
+                plan=plan_of(self.model_config, recipe.optim, recipe.train, device_type=self.device.type),
                 utilisation=mfu_on(self.device),
                 say=self.say,
                 show_progress=self.show_progress,

@@ -96,7 +96,7 @@ def resources(arguments: list[str]) -> None:
             memory_bytes=target.memory_bytes,
             price_per_hour=target.price_per_hour,
             micro_batch=options.micro_batch,
-            fused_dropout=target.device is not None and target.device.kind in ("cuda", "rocm"),
+            on_cuda=target.device is not None and target.device.kind in ("cuda", "rocm"),
         )
     if page is not None:
         from scratchlm.resources.page import write_page

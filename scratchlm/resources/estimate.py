@@ -17,7 +17,7 @@ from scratchlm.model.config import ModelConfig
 from scratchlm.model.moe import ExpertLinear, MixtureOfExperts
 from scratchlm.model.transformer import Transformer
 from scratchlm.resources.depth import peak_of_deeper, shallow
-from scratchlm.resources.step import Step, Traceable, as_compiled_on_a_cpu, as_on_a_gpu
+from scratchlm.resources.step import Step, Traceable, as_run_on
 from scratchlm.resources.timing import Bound, Machine, seconds_by_phase
 from scratchlm.resources.trace import Operation, Trace
 from scratchlm.train.fitting import MARGIN, Need, largest
@@ -181,7 +181,7 @@ def estimate(
     price_per_hour: float | None = None,
     micro_batch: int | None = None,
     savings: bool = True,
-    fused_dropout: bool = False,
+    on_cuda: bool = False,
 ) -> Estimate:
     """Trace a step of the recipe and add up.
 
@@ -194,22 +194,17 @@ def estimate(
         price_per_hour: for the money.
         micro_batch: sequences at once, a divisor of the recipe's batch; None: the recipe's.
         savings: also trace what other choices would need.
-        fused_dropout: the device's fused attention drops weights without keeping scores (a GPU's does, a CPU's does not).
+        on_cuda: the device is one that torch calls ``cuda`` (AMD's, too): attention, the loss and norms keep less there.
 
     Raises:
         UserError: the micro-batch does not divide the batch.
     """
     config = model_of(recipe)
-    if fused_dropout:
-        config = config.model_copy(update={"attention_dropout": 0.0})
     length = config.context_length
-    on_cpu = not fused_dropout if machine is None else machine.is_cpu
-    if not on_cpu:
-        config = as_on_a_gpu(config, length)
-    elif compiled:
-        config = as_compiled_on_a_cpu(config, length)
+    device_type = "cuda" if on_cuda else "cpu" if machine is None or machine.is_cpu else "mps"
+    config = as_run_on(device_type, config, length, compiled)
 
-    prepared = Traceable(config, recipe.optim, recipe.train)
+    prepared = Traceable(config, recipe.optim, recipe.train, device_type=device_type)
     options: dict[str, Any] = {"precision": precision, "compiled": compiled}
     rows = micro_batch or _micro_batch(recipe.train, prepared, options, memory_bytes)
     whole = recipe.train.batch_size
@@ -222,7 +217,7 @@ def estimate(
     step = prepared.step(micro_batch=rows, **given)
     optimizer = _peak_of_update(step)
 
-    two_shallow = _two_shallow(config, recipe)
+    two_shallow = _two_shallow(config, recipe, device_type)
 
     @functools.cache
     def peak(batch: int, **changes: Any) -> int:
@@ -359,13 +354,13 @@ def _memory(step: Step) -> Memory:
     )
 
 
-def _two_shallow(config: ModelConfig, recipe: Recipe) -> tuple[Traceable, Traceable, int] | None:
+def _two_shallow(config: ModelConfig, recipe: Recipe, device_type: str) -> tuple[Traceable, Traceable, int] | None:
     """What :func:`scratchlm.resources.depth.shallow` says, ready to be traced."""
     found = shallow(config)
     if found is None:
         return None
-    one, two, more = found
-    return Traceable(one, recipe.optim, recipe.train), Traceable(two, recipe.optim, recipe.train), more
+    one, two = (Traceable(c, recipe.optim, recipe.train, device_type=device_type) for c in found[:2])
+    return one, two, found[2]
 
 
 def _peak_of_update(step: Step) -> int:

@@ -12,24 +12,23 @@ import torch
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
-from scratchlm.resources.step import as_compiled_on_a_cpu, as_on_a_gpu, trace_step
+from scratchlm.resources.step import as_run_on, trace_step
 from scratchlm.train.fitting import Need, Plan
 
 
-def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, on_cpu: bool = True) -> Plan:
+def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, device_type: str = "cpu") -> Plan:
     """That of language modelling: a step traced without memory.
 
     Args:
         config: the architecture, with its vocabulary.
         optim, train: sections of the recipe.
-        on_cpu: whether it will run on one: there short sequences take another attention.
+        device_type: where it will run: attention, the loss and some norms need less memory on CUDA.
     """
 
     def need(micro_batch: int, parts: int, precision: str, compiled: bool) -> Need:
-        place = as_on_a_gpu if not on_cpu else as_compiled_on_a_cpu if compiled else None
-        model = config if place is None else place(config, config.context_length)
+        model = as_run_on(device_type, config, config.context_length, compiled)
         options: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
-        trace = trace_step(model, optim, train, micro_batch=micro_batch, **options).memory
+        trace = trace_step(model, optim, train, micro_batch=micro_batch, device_type=device_type, **options).memory
         state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")
         return Need(trace.peak()[1], state)
 

@@ -188,7 +188,7 @@ def profile(
             folder=folder,
             device=device,
             seed=recipe.seed,
-            plan=plan_of(config, recipe.optim, train, on_cpu=device.type == "cpu"),
+            plan=plan_of(config, recipe.optim, train, device_type=device.type),
             say=say,
             show_progress=False,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
@@ -19,7 +20,7 @@ from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
-from scratchlm.optim import build_optimizers, clip_grad_norm
+from scratchlm.optim import build_optimizers, clip_grad_norm, newton_schulz
 from scratchlm.resources.compiled import compiled as as_compiled
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
@@ -71,6 +72,22 @@ def as_on_a_gpu(config: ModelConfig, length: int) -> ModelConfig:
     return config.model_copy(update={"attention_kernel": "sdpa"}) if other else config
 
 
+def as_run_on(device_type: str, config: ModelConfig, length: int, compiled: bool) -> ModelConfig:
+    """The same with the attention that such a device takes, as far as a trace on a CPU would take another.
+
+    Args:
+        device_type: as torch calls it: ``cpu``, ``cuda`` (AMD's, too), ``mps``.
+        config: the architecture.
+        length: tokens per sequence.
+        compiled: whether the blocks go through torch.compile.
+    """
+    if device_type == "cpu":
+        return as_compiled_on_a_cpu(config, length) if compiled else config
+    if device_type == "cuda":  # its fused attention drops weights without keeping scores
+        config = config.model_copy(update={"attention_dropout": 0.0})
+    return as_on_a_gpu(config, length)
+
+
 class Traceable:
     """A model and its optimizers, made once, whose step can be traced for several micro-batches.
 
@@ -80,12 +97,23 @@ class Traceable:
         config: the architecture, with its vocabulary.
         optim, train: sections of the recipe.
         real: with memory and numbers, to hold the hollow ones to; slow.
+        device_type: whose operations are traced: ``cuda``'s where they differ from a CPU's (:func:`_as_on_cuda`), a CPU's for all others. The
+            attention is `config`'s: see :func:`as_run_on`.
     """
 
-    def __init__(self, config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, real: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        optim: OptimConfig,
+        train: TrainConfig,
+        *,
+        real: bool = False,
+        device_type: str = "cpu",
+    ) -> None:
         if config.moe.experts and not real:  # the formula asks which tokens each expert has, which nobody can say
             config = config.model_copy(update={"moe": config.moe.model_copy(update={"dispatch": "grouped"})})
         self.config, self.optim, self.train, self.real = config, optim, train, real
+        self.device_type = device_type
         with self._place():
             self.model = Transformer(config.model_copy(update={} if real else NO_DRAWING), seed=0 if real else None)
             self.model.config = config
@@ -129,13 +157,15 @@ class Traceable:
             changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
             train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
             loss = NextTokenLoss(self.model, **loss_options(train))
-            loss.rows = cross_entropy.rows_for(self.config.vocab_size, compiled=compiled)
+            vocab, on_cuda = self.config.vocab_size, self.device_type == "cuda"
+            loss.rows = cross_entropy.rows_for(vocab, compiled=compiled, device_type=self.device_type)
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
             tracer = Tracer(self.model)
             self._watch_what_is_there(tracer, batch)
             self._watch_gradients(tracer)
-            with tracer, _few_blocks() if for_peak else contextlib.nullcontext():
+            place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
+            with tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
                 tracer.phase = "forward"
                 with autocast(precision, CPU):
                     objective = loss(batch)
@@ -149,7 +179,8 @@ class Traceable:
                     self.optimizers.step()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
-        memory = as_compiled(trace, fused_loss=loss.kernel == "chunked") if compiled else trace
+        fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already
+        memory = as_compiled(trace, fused_loss=fused_loss) if compiled else trace
         return Step(trace, memory, micro_batch, length, accumulation, precision, params)
 
     def _clip(self) -> None:
@@ -186,10 +217,61 @@ class Traceable:
 
 
 def trace_step(
-    config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, real: bool = False, **options: Any
+    config: ModelConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    *,
+    real: bool = False,
+    device_type: str = "cpu",
+    **options: Any,
 ) -> Step:
     """One step; arguments as for :class:`Traceable` and :meth:`Traceable.step`."""
-    return Traceable(config, optim, train, real=real).step(**options)
+    return Traceable(config, optim, train, real=real, device_type=device_type).step(**options)
+
+
+@contextlib.contextmanager
+def _as_on_cuda(compiled: bool) -> Iterator[None]:
+    """What keeps less on CUDA, or computes in another dtype, does so inside, on a CPU's tensors.
+
+    ::
+
+        chunked loss    the gradient takes the place of the logits
+        RMSNorm         one kernel keeps its input and a number per row, as layer norm does on both; compiled, a chain is what is fused
+        dropout         keeps a mask of bytes, not factors in the input's dtype
+        Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively
+    """
+    dropout = F.dropout
+
+    def masked(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else dropout(x, p, training, inplace)
+
+    def normed(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return F.layer_norm(x, shape, weight, None, eps or 0.0)
+
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place))
+        changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
+        changes.enter_context(_replaced(F, "dropout", masked))
+        if not compiled:
+            changes.enter_context(_replaced(F, "rms_norm", normed))
+        yield
+
+
+def _in_place(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the loss's kernel on CUDA reads and writes: a block of logits, which becomes its gradient, and a loss per row."""
+    wide = torch.float32 if products.dtype in (torch.bfloat16, torch.float16) else products.dtype
+    nats = torch.zeros(targets.shape, dtype=wide, device=products.device).sum()
+    return nats.clone(), nats, products.sub_(targets.unsqueeze(-1))
+
+
+@contextlib.contextmanager
+def _replaced(place: Any, name: str, function: Any) -> Iterator[None]:
+    before = getattr(place, name)
+    setattr(place, name, function)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
 
 
 @contextlib.contextmanager
@@ -201,11 +283,8 @@ def _few_blocks() -> Iterator[None]:
         blocks = blocks_of(tokens, rows)
         return blocks if len(blocks) <= 3 else [*blocks[:2], blocks[-1]]
 
-    cross_entropy.blocks_of = some_of
-    try:
+    with _replaced(cross_entropy, "blocks_of", some_of):
         yield
-    finally:
-        cross_entropy.blocks_of = blocks_of
 
 
 @contextlib.contextmanager

@@ -177,7 +177,8 @@ class Measured:
         return self.measurement.device == "cpu"
 
     def of(self, operation: Operation) -> Cost:
-        call, dtype = self.measurement.call_seconds, self._dtype(operation.dtype)
+        # A GPU is handed its calls ahead of the work (see of_calls); what a small operation was measured to take holds its call already.
+        call, dtype = self.measurement.call_seconds if self.is_cpu else 0.0, self._dtype(operation.dtype)
         shape = product_shape(operation)
         if shape is not None and min(shape) > 0:
             fastest = operation.flops / self.measurement.ceiling(dtype)  # a timing's noise is no speed
@@ -198,10 +199,12 @@ class Measured:
         if not moved:
             return Cost(0.0, "calls")
         passing = moved / self._rate("silu", "fp32", moved / 2)
-        return Cost(passing + self.measurement.call_seconds, "memory")
+        return Cost(passing + (self.measurement.call_seconds if self.is_cpu else 0.0), "memory")
 
     def of_calls(self, calls: int) -> float:
-        return 0.0  # on a CPU the calls and the work follow each other: they are in the operations' times
+        if self.is_cpu:
+            return 0.0  # the calls and the work follow each other: they are in the operations' times
+        return calls * self.measurement.call_seconds
 
     def _bounded(self, seconds: float, operation: Operation) -> Cost:
         moved = (operation.read + operation.written) / self.measurement.bandwidth

@@ -276,9 +276,9 @@ def test_on_a_gpu_short_sequences_in_bf16_take_torchs_attention(changes: dict[st
 def test_the_estimate_follows_what_the_place_takes() -> None:
     """In bf16 a CPU computes the scores of 64 tokens by products, a GPU by one kernel."""
     names = {}
-    for kind, fused in (("cpu", False), ("cuda", True)):
+    for kind, on_cuda in (("cpu", False), ("cuda", True)):
         machine = Datasheet(find("h100").model_copy(update={"kind": kind}))
-        found = estimate(recipe(), precision="bf16", machine=machine, savings=False, fused_dropout=fused)
+        found = estimate(recipe(), precision="bf16", machine=machine, savings=False, on_cuda=on_cuda)
         names[kind] = {operation.name for operation in found.operations if "attention" in operation.component}
     assert any("scaled_dot_product" in name for name in names["cuda"])
     assert "bmm" in names["cpu"] and not any("scaled_dot_product" in name for name in names["cpu"])
@@ -286,7 +286,7 @@ def test_the_estimate_follows_what_the_place_takes() -> None:
 
 def test_dropout_inside_attention_keeps_scores_unless_it_is_fused() -> None:
     given = recipe(model={"attention_dropout": 0.1, "context_length": 256})
-    plain, fused = (estimate(given, precision="fp32", savings=False, fused_dropout=f) for f in (False, True))
+    plain, fused = (estimate(given, precision="fp32", savings=False, on_cuda=f) for f in (False, True))
     assert plain.memory.peak > fused.memory.peak + 3 * 8 * 4 * 256 * 256 * 4  # a layer's scores, at least
 
 

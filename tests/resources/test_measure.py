@@ -148,13 +148,14 @@ def test_onednn_is_measured_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_plans() -> None:
-    for plan in (FULL, QUICK):
+    for plan in (FULL, QUICK, FULL.on_a_gpu(), QUICK.on_a_gpu()):
         assert len(set(plan.shapes)) == len(plan.shapes)
         assert all(size % 4 == 0 for size in plan.working_sets)
         assert all(plan.tokens % length == 0 for length in plan.lengths)
     assert (min(FULL.working_sets), max(FULL.working_sets)) == (32 * 2**10, 512 * 2**20)
     assert {(2048, 4096, 1024), (8192, 8192, 8192), (512, 128, 128)} <= set(FULL.shapes)
     assert len(QUICK.shapes) < len(FULL.shapes) / 2
+    assert set(FULL.shapes) < set(FULL.on_a_gpu().shapes) and FULL.on_a_gpu().tokens == 2**16
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,17 @@ def test_a_measured_machine_by_hand() -> None:
     assert machine.of(operation("add", moved=8, dtype=torch.float32)).bound == "calls"
 
 
+def test_a_measured_gpu_is_handed_its_calls_ahead_of_the_work() -> None:
+    """A step takes as long as the calls or as the work, whichever is longer; on a CPU as both."""
+    adding = operation("add", moved=2 * 10**6, dtype=torch.float32)
+    cpu, gpu = (Measured(measured(device=device, call_seconds=1e-4)) for device in ("cpu", "cuda"))
+    assert cpu.of(adding).seconds == pytest.approx(2e-4 + 1e-4) and gpu.of(adding).seconds == pytest.approx(2e-4)
+    assert cpu.of_pass(2 * 10**6, 3).seconds - gpu.of_pass(2 * 10**6, 3).seconds == pytest.approx(1e-4)
+    small = Trace([operation("add", moved=8, dtype=torch.float32) for _ in range(1000)])
+    assert seconds_by_phase(small, gpu, compiled=False)["forward"] == pytest.approx(0.1)
+    assert (cpu.of_calls(7), gpu.of_calls(7)) == (0.0, pytest.approx(7e-4))
+
+
 def test_a_whole_step_takes_longer_with_more_of_everything() -> None:
     base: dict[str, Any] = {"vocab_size": 300, "context_length": 64, "d_model": 64, "layers": 2, "heads": 4}
     machine = Measured(measured())
