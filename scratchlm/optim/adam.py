@@ -74,6 +74,14 @@ class Adam(GroupedOptimizer):
         """As for any optimizer."""
         return {"step": SCALAR, "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
+    def skips_on_device(self) -> bool:
+        """True on CUDA with the fused kernel, which can be told not to write."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return all(
+            p.device.type == "cuda" and resolve(self.implementation, p.device) == "fused" and is_flat(p)
+            for p in parameters
+        )
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         implementation = resolve(self.implementation, parameters[0].device)
         for parameter in parameters:
@@ -159,4 +167,7 @@ class Adam(GroupedOptimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            found_inf=self.skip,
         )
+        if self.skip is not None:
+            torch._foreach_sub_(steps, [self.skip] * len(steps))

@@ -81,9 +81,18 @@ class Optimizers:
         """The groups of all optimizers, live: each has ``params``, ``lr``, ``initial_lr``, ``weight_decay``, ``name``."""
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
-    def step(self) -> None:
-        """One update by every optimizer, and of the average."""
+    def skips_on_device(self) -> bool:
+        """Whether a step can be left out by a number on the device, which nobody has waited for."""
+        return self.average is None and all(o.skips_on_device() for o in self.optimizers.values())
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update by every optimizer, and of the average.
+
+        Args:
+            skip: 1 to leave everything as it is (a scalar in fp32 on the device); only where :meth:`skips_on_device`.
+        """
         for optimizer in self.optimizers.values():
+            optimizer.skip = skip
             optimizer.step()
         if self.average is not None:
             self.average.update()

@@ -22,6 +22,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
+    skip: Tensor | None = None
+    """While this is 1 (a scalar in fp32 on the parameters' device), a step leaves everything as it is; only where :meth:`skips_on_device`."""
+
+    def skips_on_device(self) -> bool:
+        """Whether :attr:`skip` is looked at, so that nobody has to wait for it before the step."""
+        return False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; `closure` recomputes the loss, which is then returned."""

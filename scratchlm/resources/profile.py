@@ -46,9 +46,9 @@ from scratchlm.resources.profile_timing import (
     TimedLoader,
     phase_ranges,
 )
-from scratchlm.train.loop import Loader
 from scratchlm.train.loss import loss_options
 from scratchlm.train.precision import choose_device
+from scratchlm.train.task import Loader
 
 REPORT = "profile.json"
 _TRACED_STEPS = 2

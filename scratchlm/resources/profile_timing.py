@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from scratchlm.optim import build_optimizers
-from scratchlm.train.loop import Loader, Trainer
+from scratchlm.train.loop import Trainer
 from scratchlm.train.precision import Decision, choose_compile, choose_precision
+from scratchlm.train.task import Loader
 
 PHASES = ("loader", "other", "forward", "backward", "optimizer")
 """Waiting for a batch; what stands between (splitting it, counting targets, forgetting gradients); the batch to the device,
@@ -180,9 +181,7 @@ class SteppingTrainer(Trainer):
         torch.manual_seed(self.seed)
         precision = choose_precision(self.config.precision, self.device)
         compiling = choose_compile(self.config.compile, self.device, self.config.steps)
-        self.state.precision, self.state.compile = precision.value, compiling.value
-        if compiling.value == "on":
-            self.loss.compile()
+        self._compute(precision.value, compiling.value)
         if self.config.parts is None:
             self._fit_memory(as_before=None)
             clock.leave()  # that trial is no part of a step
@@ -191,17 +190,14 @@ class SteppingTrainer(Trainer):
     def step(self) -> tuple[dict[str, float], int]:
         """One step. Returns the seconds of each phase (with ``step``, their sum), and the number of targets."""
         self.clock.enter("loader")
-        _, _, tokens = self._step()
+        outcome = self._step()
         seconds = self.clock.leave()
         self.state.step += 1
-        return seconds, tokens
+        self.non_finite += not outcome.is_finite()  # counted, and never a reason to stop: the time is the same
+        return seconds, outcome.tokens
 
     def _begins(self, phase: str) -> None:
         self.clock.enter(phase)
 
     def _record(self, record: dict[str, Any]) -> None:
         """There are no metrics."""
-
-    def _skip(self, loss: float, norm: float) -> float:
-        self.non_finite += 1  # counted, and never a reason to stop: the time is the same
-        return loss

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,47 +35,11 @@ from scratchlm.train.checkpoint import (
 )
 from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
+from scratchlm.train.outcome import Outcome
 from scratchlm.train.precision import Decision, autocast, check_fp8, choose_compile, choose_precision
 from scratchlm.train.signals import Interrupted, Signals
+from scratchlm.train.task import Loader, Loss
 from scratchlm.train.working_copy import WorkingCopy
-
-
-class Loader(Protocol):
-    """A source of batches whose place can be saved."""
-
-    def next_batch(self) -> Any: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Loss(Protocol):
-    """A task's objective: summed over a batch's targets, in nats; it may run its model through torch.compile."""
-
-    compiled: bool
-
-    def __call__(self, batch: Any) -> Tensor: ...
-    def compile(self, mode: str = "default") -> None: ...
-    def eager(self) -> None: ...
-
-    def use(self, model: Transformer) -> None:
-        """Compute with this model, a copy of the one so far."""
-        ...
-
-    def targets(self, batch: Any) -> Tensor:
-        """The targets of a batch that the loss sums over; IGNORE_INDEX elsewhere."""
-        ...
-
-    def extra(self) -> Tensor | None:
-        """What the batches of this step added beyond the cross-entropy: not shown as loss."""
-        ...
-
-    def figures(self) -> dict[str, Any]:
-        """More to log about this step."""
-        ...
-
-    def after_step(self, updated: bool = True) -> None:
-        """The optimizer has stepped (or the step was skipped)."""
-        ...
 
 
 @dataclass
@@ -121,6 +85,9 @@ class Trainer:
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
     _working: WorkingCopy | None = None
+    _ahead: bool = (
+        False  # whether a step that is not finite is left out on the device, so that the host need not wait for it
+    )
 
     def fit(self) -> Progress:
         """Train until `config.steps`, from the newest checkpoint if there is one.
@@ -137,6 +104,8 @@ class Trainer:
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         try:
             self._start()
+            # A router's biases are moved by the host, which has to know.
+            self._ahead = self.optimizers.skips_on_device() and not self.model.config.moe.bias_update
             with self._signals:
                 self._run()
         finally:
@@ -168,27 +137,31 @@ class Trainer:
             compiling = Decision("off", "as before")
         else:  # asked anew even if it was on: the compiler may have gone since
             compiling = choose_compile(config.compile, self.device, config.steps)
-        self.state.precision, self.state.compile = precision.value, compiling.value
-        self._make_working_copy()
-        if config.fp8:
-            check_fp8(precision.value, self.device)
-            computing = self.model if self._working is None else self._working.model
-            computing.multiply_in_fp8()
+        self._compute(precision.value, compiling.value)
         self.say(
             f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
-        if compiling.value == "on":
-            self.loss.compile(config.compile_mode)
         if self.config.parts is None:
             self._fit_memory(as_before=found[-1].state().get("parts") if found else None)
 
-    def _make_working_copy(self) -> None:
-        """If weights are to be bf16, too, where products are: the loss computes with a copy from now on."""
-        if self.config.weights == "fp32" or self.state.precision != "bf16":
-            return
-        self._working = WorkingCopy(self.model)
-        self.loss.use(self._working.model)
+    def _compute(self, precision: str, compile: str) -> None:
+        """Compute in this precision, compiled or not, from now on, with what the recipe has to say of both.
+
+        Raises:
+            UserError: the device has no fp8, which the recipe demands.
+        """
+        self.state.precision, self.state.compile = precision, compile
+        computing = self.model
+        if self.config.weights == "bf16" and precision == "bf16":
+            self._working = WorkingCopy(self.model)
+            computing = self._working.model
+            self.loss.use(computing)
+        if self.config.fp8:
+            check_fp8(precision, self.device)
+            computing.multiply_in_fp8()
+        if compile == "on":
+            self.loss.compile(self.config.compile_mode)
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         """Where the loss is computed: a working copy needs no autocast."""
@@ -272,22 +245,26 @@ class Trainer:
         with progress(
             description="train", total=config.steps, initial=state.step, unit="step", show=self.show_progress
         ) as bar:
+            waiting: Outcome | None = None
             while state.step < config.steps:
-                loss, norm, tokens = self._step()
+                outcome = self._step()
                 state.step += 1
-                state.tokens += tokens
-                if math.isfinite(loss):  # a skipped step is an event in the metrics, not a part of the mean
-                    state.loss_sum += loss
-                    state.loss_steps += 1
-                self._update_bar(bar, loss)
-                last = state.step == config.steps
-                if self._logs(state.step):
+                state.tokens += outcome.tokens
+                last, logs = state.step == config.steps, self._logs(state.step)
+                evaluates = last or state.step % config.eval_interval == 0
+                saves = last or state.step % config.checkpoint_interval == 0
+                if waiting is not None:
+                    self._note(waiting, bar)
+                    waiting = None
+                if self._ahead and not (logs or evaluates or saves or self._signals.arrived is not None):
+                    waiting = outcome  # the host goes on to the next step meanwhile
+                    continue
+                norm = self._note(outcome, bar)
+                if logs:
                     self._log(norm)
-                improved = False
-                if last or state.step % config.eval_interval == 0:
-                    improved = self._evaluate()
+                improved = evaluates and self._evaluate()
                 stop = self._signals.arrived  # read once: it may come at any moment
-                if last or improved or stop is not None or state.step % config.checkpoint_interval == 0:
+                if saves or improved or stop is not None:
                     self._save()
                 if stop is not None:
                     raise Interrupted(
@@ -298,27 +275,37 @@ class Trainer:
         if config.steps == 0:
             self._save()
 
-    def _step(self) -> tuple[float, float, int]:
-        """One optimizer step, in the lecture's six moves; returns loss (nats per token), gradient norm, tokens."""
+    def _step(self) -> Outcome:
+        """One optimizer step, in the lecture's six moves."""
         batch = self.loader.next_batch()
         self.optimizers.set_lr(lr_multiplier(self.state.step, self.config.steps, self.optim))
         total, tokens = self._backward(batch)
-        norm = float(clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf))
+        norm = clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf)
         if (extra := self.loss.extra()) is not None:
             total = total - extra
-        mean = float(total) / max(tokens, 1)
-        updated = math.isfinite(mean) and math.isfinite(norm)
+        outcome = Outcome(self.state.step + 1, total, norm, tokens)
         self._live.add(tokens, batch.targets.numel())
-        if self._logs(self.state.step + 1):
+        if self._logs(outcome.step):
             self._figures = self.loss.figures()
-        self.loss.after_step(updated)
-        if updated:
-            self.optimizers.step()  # 6
+        updates = self._ahead or outcome.is_finite()
+        self.loss.after_step(updates)
+        if updates:
+            self.optimizers.step(skip=outcome.failed() if self._ahead else None)  # 6
             if self._working is not None:
                 self._working.refresh()
+        return outcome
+
+    def _note(self, outcome: Outcome, bar: Any) -> float:
+        """Take down what a step came to; returns its gradient norm."""
+        loss, norm = outcome.read()
+        if outcome.is_finite():
+            self.state.loss_sum += loss
+            self.state.loss_steps += 1
             self.state.skipped_in_a_row = 0
-            return mean, norm, tokens
-        return self._skip(mean, norm), norm, tokens
+        else:  # an event in the metrics, not a part of the mean
+            self._skip(outcome.step, loss, norm)
+        self._update_bar(bar, loss)
+        return norm
 
     def _backward(self, batch: Any) -> tuple[Tensor, int]:
         """The batch's gradient; returns its summed loss and the number of its targets.
@@ -408,20 +395,19 @@ class Trainer:
     def _begins(self, phase: str) -> None:
         """For who wants to know (:mod:`scratchlm.resources.profile_timing`): a part of the step begins."""
 
-    def _skip(self, loss: float, norm: float) -> float:
+    def _skip(self, step: int, loss: float, norm: float) -> None:
         """The policy for a loss or gradient that is not finite: leave the weights alone, count, stop after too many."""
         state = self.state
         state.skipped += 1
         state.skipped_in_a_row += 1
         message = f"loss {loss}, gradient norm {norm}: step skipped ({state.skipped_in_a_row} in a row)"
-        self._record({"kind": "event", "step": state.step + 1, "message": message})
+        self._record({"kind": "event", "step": step, "message": message})
         if state.skipped_in_a_row > self.config.max_non_finite:
             raise UserError(
-                f"training stopped at step {state.step + 1}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
+                f"training stopped at step {step}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
                 f"that is not finite; begin anew (--fresh, or another --out) with a lower optim.lr or more optim.warmup_steps"
             )
         self.say(message)
-        return loss
 
     def _evaluate(self) -> bool:
         """Validate, log, and say whether it is the best so far."""

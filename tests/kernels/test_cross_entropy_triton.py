@@ -193,8 +193,8 @@ def test_two_runs_agree_to_the_bit() -> None:
 
 def test_a_small_vocabulary_takes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert kernels.tiling(50304) == {"BLOCK": 8192, "num_warps": 32}
-    assert kernels.tiling(4096) == {"BLOCK": 4096, "num_warps": 16}
+    assert kernels.tiling(50304) == {"BLOCK": 4096, "num_warps": 8}
+    assert kernels.tiling(2000) == {"BLOCK": 2048, "num_warps": 4}
     assert kernels.tiling(65) == {"BLOCK": 128, "num_warps": 1}
     assert kernels.tiling(1) == {"BLOCK": 1, "num_warps": 1}
 
@@ -317,7 +317,7 @@ def test_a_gpu_gets_large_blocks() -> None:
 
 @compiles
 def test_the_compiler_needs_few_registers() -> None:
-    """32 for each of 1,024 threads: two programs fit on a processor; one, where fp32 logits are capped."""
+    """Of 65,536 on a processor: six programs of 256 threads fit with 40; two with 128, where rows begin anywhere."""
     rows = ahead("90", "--loss")
     assert {(row["dtype"], row["capped"], row["vocab"]) for row in rows} == {
         (dtype, capped, vocab)
@@ -326,7 +326,7 @@ def test_the_compiler_needs_few_registers() -> None:
         for vocab in (65, 50257, 50304)
     }
     for row in rows:
-        most = 64 if row["dtype"] == "*fp32" and row["capped"] else 32
+        most = 128 if row["vocab"] % 16 and row["vocab"] > 128 else 40
         assert row["registers"] <= most and row["stack"] == 0, row
 
 
@@ -340,8 +340,7 @@ on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU here")
 def test_as_it_is_launched_on_a_gpu(
     options: HeadOptions, vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "BLOCK", 8192)
-    monkeypatch.setattr(kernels, "WARPS", 32)
+    monkeypatch.undo()
     check(*drawn(512, vocab, dtype, ignored=0.1), options, rtol=1e-5)
 
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scratchlm.data.loader import Batch
 from scratchlm.errors import UserError
 from scratchlm.kernels.fp8_matmul import BACKWARD, FORWARD, fits, fp8_linear, reference_fp8_linear, to_fp8
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import check_fp8
-from tests.train.test_loss import batch
 
 sizes = st.integers(1, 5).map(lambda n: 16 * n)
 
@@ -79,7 +79,8 @@ def test_odd_sizes_are_left_to_others() -> None:
 def test_a_model_in_training_uses_it_in_its_blocks_alone() -> None:
     config = ModelConfig(vocab_size=37, context_length=8, d_model=32, layers=2, heads=2, moe={"experts": 0})
     model = Transformer(config, seed=0)
-    given_batch = batch(rows=4)
+    ids = torch.randint(0, 37, (4, 9), generator=torch.Generator().manual_seed(0))
+    given_batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     found = {}
     for fp8 in (False, True):
         if fp8:

@@ -210,7 +210,9 @@ def test_a_failing_compiler_does_not_stop_the_run(tmp_path: Path, monkeypatch: p
 
     model, said = Transformer(MODEL, seed=0), []
     loss = NextTokenLoss(model)
-    monkeypatch.setattr(loss, "compile", lambda: (setattr(loss, "body", broken), setattr(loss, "compiled", True)))
+    monkeypatch.setattr(
+        loss, "compile", lambda mode: (setattr(loss, "body", broken), setattr(loss, "compiled", True))
+    )
     monkeypatch.setattr(loop_module, "choose_compile", lambda *_: loop_module.Decision("on", "for this test"))
     state = trainer(tmp_path / "broken", model, loss=loss, said=said).fit()
     assert state.step == 6
@@ -241,7 +243,7 @@ def test_a_compiler_that_fails_late_in_a_step_costs_no_gradients(
 
         if broken:
             loss.body, loss.compiled = body, True
-            monkeypatch.setattr(loss, "compile", lambda: None)
+            monkeypatch.setattr(loss, "compile", lambda mode: None)
         options = {"optimizer": "sgd", "lr": 0.5, "grad_clip": 0}
         train = {"accumulation": 2, "steps": 1}
         trainer(tmp_path / str(broken), model, loss=loss, said=[], train=train, optim=options).fit()
@@ -263,7 +265,9 @@ def test_a_compiler_stopped_by_ctrl_c_has_not_failed(tmp_path: Path, monkeypatch
 
     model = Transformer(MODEL, seed=0)
     loss = NextTokenLoss(model)
-    monkeypatch.setattr(loss, "compile", lambda: (setattr(loss, "body", stopped), setattr(loss, "compiled", True)))
+    monkeypatch.setattr(
+        loss, "compile", lambda mode: (setattr(loss, "body", stopped), setattr(loss, "compiled", True))
+    )
     monkeypatch.setattr(loop_module, "choose_compile", lambda *_: loop_module.Decision("on", "for this test"))
     run = trainer(tmp_path, model, loss=loss, said=[])
     with pytest.raises(loop_module.Interrupted, match="SIGINT: stopped while compiling, after step 0 of 6"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_loop import MODEL, RandomBatches, trainer
 
 from scratchlm.config import Recipe
 from scratchlm.data.loader import Batch
@@ -17,7 +18,6 @@ from scratchlm.section import validate
 from scratchlm.train.loop import Trainer
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.working_copy import WorkingCopy
-from tests.train.test_loop import MODEL, RandomBatches, trainer
 
 BF16 = {"precision": "bf16", "weights": "bf16"}
 

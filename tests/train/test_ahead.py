@@ -1,0 +1,116 @@
+"""A host that does not wait: steps that are not finite are left out on the device, and nothing else changes.
+
+On a CPU the fused kernel can be told so, too, and there it is only pretended that waiting would cost something.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_loop import MODEL, LossThat, RandomBatches, lines, trainer
+
+from scratchlm.errors import UserError
+from scratchlm.model import ModelConfig, Transformer
+from scratchlm.optim.adam import Adam
+from scratchlm.train.loop import Interrupted, Trainer
+from scratchlm.train.outcome import Outcome
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adam, "skips_on_device", lambda self: True)
+
+
+def run_of(folder: Path, *, spoilt: set[int], value: float = math.nan, **options: Any) -> Trainer:
+    model = Transformer(MODEL, seed=0)
+    train = {"steps": 12, "log_interval": 5, "checkpoint_interval": 100} | options.pop("train", {})
+    return trainer(folder, model, loss=LossThat(model, spoilt, value), train=train, **options)
+
+
+def everything(folder: Path) -> list[dict[str, Any]]:
+    timed = ("seconds", "tokens_per_second", "flops_per_second", "memory_bytes")
+    records = [*lines(folder, "train"), *lines(folder, "event")]
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_it_is_the_same_run(tmp_path: Path, value: float, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"precision": "bf16", "weights": weights}
+    waiting = run_of(tmp_path / "waiting", spoilt={3, 4, 9}, value=value, train=train)
+    waiting.fit()
+    monkeypatch.setattr(Adam, "skips_on_device", lambda self: True)
+    going = run_of(tmp_path / "ahead", spoilt={3, 4, 9}, value=value, train=train)
+    going.fit()
+    assert going._ahead and not waiting._ahead
+    for left, right in zip(waiting.model.parameters(), going.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    states = [one.optimizers.named_state() for one in (waiting, going)]
+    assert all(
+        torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0]
+    )
+    assert everything(tmp_path / "waiting") == everything(tmp_path / "ahead")
+    assert vars(waiting.state) | {"seconds": 0} == vars(going.state) | {"seconds": 0}
+
+
+def test_the_host_reads_a_step_when_the_next_is_launched(
+    tmp_path: Path, ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    read, step = Outcome.read, Trainer._step
+
+    def reading(self: Outcome) -> tuple[float, float]:
+        events.append(f"read {self.step}")
+        return read(self)
+
+    def stepping(self: Trainer) -> Outcome:
+        events.append(f"step {self.state.step + 1}")
+        return step(self)
+
+    monkeypatch.setattr(Outcome, "read", reading)
+    monkeypatch.setattr(Trainer, "_step", stepping)
+    run_of(tmp_path, spoilt=set(), train={"steps": 4, "log_interval": 3}).fit()
+    order = list(dict.fromkeys(events))
+    assert order == ["step 1", "step 2", "read 1", "step 3", "read 2", "read 3", "step 4", "read 4"]
+
+
+def test_too_many_in_a_row_still_stop_the_run(tmp_path: Path, ahead: None) -> None:
+    with pytest.raises(UserError, match="training stopped at step 5: 3 steps in a row"):
+        run_of(tmp_path, spoilt=set(range(3, 100)), train={"steps": 50, "max_non_finite": 2}).fit()
+
+
+def test_a_signal_finds_everything_read(tmp_path: Path, ahead: None) -> None:
+    import os
+    import signal
+
+    class Signalling(RandomBatches):
+        def next_batch(self) -> Any:
+            if self.place == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next_batch()
+
+    run = run_of(tmp_path, spoilt={7}, loader=Signalling())
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 7 of 12"):
+        run.fit()
+    assert (run.state.skipped, run.state.step) == (1, 7)
+    assert (tmp_path / "checkpoints/step-00000007").is_dir()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"optim": {"ema": 0.9}}, {"optim": {"optimizer": "muon"}}, {"optim": {"implementation": "foreach"}}]
+)
+def test_what_the_host_has_to_know_it_waits_for(tmp_path: Path, changed: dict[str, Any]) -> None:
+    run = run_of(tmp_path, spoilt=set(), train={"steps": 1}, **changed)
+    run.fit()
+    assert not run._ahead
+
+
+def test_routers_with_a_bias_wait(tmp_path: Path, ahead: None) -> None:
+    fields = MODEL.model_dump() | {"moe": {"experts": 4, "top_k": 2, "bias_update": 0.1, "balance_loss": 0.0}}
+    run = trainer(tmp_path, Transformer(ModelConfig(**fields), seed=0), train={"steps": 1})
+    run.fit()
+    assert not run._ahead
