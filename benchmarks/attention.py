@@ -59,6 +59,11 @@ def kernels(device: str) -> dict[str, Kernel]:
     return {**found, "blocked (ours)": blocked_attention}
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Kernel]:
+    """Those that are asked for."""
+    return {name: kernel for name, kernel in kernels(options.device).items() if name in (options.only or [name])}
+
+
 class Case:
     """One width, length and dtype, and what of each kernel is measured."""
 
@@ -111,7 +116,7 @@ def free_memory(device: str) -> int:
 
 def measured(options: argparse.Namespace, deadline: float) -> Iterator[list[dict[str, Any]]]:
     """The rows of one case after the other."""
-    every = kernels(options.device)
+    every = chosen(options)
     memory = options.memory_gib * 2**30
     last: dict[tuple[Any, ...], float] = {}  # seconds of `both` per pair of positions, at the length before
     cases = [
@@ -160,7 +165,7 @@ def errors(options: argparse.Namespace, length: int = 1024, width: int = 64) -> 
         wide = [x.detach().double().requires_grad_() for x in case.tensors]
         out = reference_attention(*wide)
         exact = [out.detach(), *torch.autograd.grad(out, wide, case.upstream.double())]
-        for name, kernel in kernels(options.device).items():
+        for name, kernel in chosen(options).items():
             if name == FLASH and dtype not in ("bf16", "fp16"):
                 continue
             mixed = kernel(*case.tensors)
@@ -245,6 +250,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128 << n for n in range(10)])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=None, help="kernels, by the names in the table; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=float, default=0.02, help="seconds that one timing fills at least")
     parser.add_argument("--patience", type=float, default=5.0, help="seconds that one call may take")
@@ -259,6 +265,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if strange := set(options.only or []) - set(kernels(options.device)):
+        parser.error(f"--only {strange.pop()}: the kernels are {', '.join(kernels(options.device))}")
     if min(*options.widths, *options.lengths, options.heads, options.rounds) < 1:
         parser.error("widths, lengths, heads and rounds must be at least 1")
     if options.memory_gib is None:
@@ -288,7 +296,7 @@ def main() -> None:
         "cases": sum("seconds" in row for row in rows),
         "left_out": sum("left_out" in row for row in rows),
     }
-    for name in kernels(options.device):
+    for name in chosen(options):
         if name != "flash (ours)" and (times := ratios(rows, name)):
             summary[f"times as fast as {name}"] = round(statistics.median(times), 3)
     print(json.dumps({**summary, "out": str(options.out)}))

@@ -18,7 +18,7 @@ WANTED=" ${*:-tests memory train big-train attention grid time speedrun} "
     exit 2
 }
 mkdir -p "$OUT"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
 
 wanted() { [[ $WANTED == *" $1 "* ]]; }
 note() { echo "$1 $2 $3" >>"$OUT/steps.txt"; } # name, exit status, seconds
@@ -33,56 +33,71 @@ step() {                                        # name, limit in seconds, comman
 }
 : >"$OUT/steps.txt"
 
-# --- side by side -----------------------------------------------------------------------------------------------------
-train() { # name, shapes … : starts, compiles, and waits for a line before it measures
-    local name=$1
-    shift
-    mkfifo "$OUT/$name.go"
-    (step "$name" 240 "$PYTHON" benchmarks/train.py --device cuda --hold --rounds 5 --steps 8 --out "$OUT/train" "$@" <"$OUT/$name.go") &
-    pids+=($!)
-}
-warm() { until grep -q "all are warm" "$OUT/$1.log" 2>/dev/null || ! kill -0 "$2" 2>/dev/null; do sleep 0.5; done; }
-rm -f "$OUT"/*.go
+# --- side by side: what is not timed, and contenders that start and compile ------------------------------------------------
+names=()
 pids=()
 others=()
-names=()
-if wanted train; then
-    train train-124M --shapes 124M --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
-    names=(train-124M)
-fi
-if wanted tests; then
-    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 4")
-    # shellcheck disable=SC2086
-    step tests 170 "$PYTHON" -m pytest -q $parallel -m "not slow" -p no:cacheprovider tests/kernels tests/train/test_loss.py \
-        tests/train/test_working_copy.py &
+train() { # name, arguments …: waits for a line before it measures
+    local name=$1
+    shift
+    rm -f "$OUT/$name.go"
+    mkfifo "$OUT/$name.go"
+    (step "$name" 240 "$PYTHON" benchmarks/train.py --device cuda --hold --out "$OUT/train" "$@" <>"$OUT/$name.go") &
+    names+=("$name")
+    pids+=($!)
+}
+beside() {
+    step "$@" &
     others+=($!)
-fi
-wanted memory && { step memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --out "$OUT/resources" & others+=($!); }
-wanted attention && { # compiles and tunes nothing that is kept in memory, but Triton keeps what it compiled
-    step attention-compiled 170 "$PYTHON" benchmarks/attention.py --device cuda --heads 1 --widths 64 --dtypes bf16 --lengths 1024 4096 16384 \
-        --rounds 1 --least 0.001 --out "$OUT/unused" & others+=($!); }
-for number in "${!names[@]}"; do warm "${names[number]}" "${pids[number]}"; done
-[ ${#others[@]} -gt 0 ] && wait "${others[@]}"
+}
+measured() { # when all of them are warm and nothing else runs, one after the other
+    local number
+    for number in "${!names[@]}"; do
+        until grep -q "all are warm" "$OUT/${names[number]}.log" 2>/dev/null || ! kill -0 "${pids[number]}" 2>/dev/null; do sleep 0.3; done
+    done
+    [ ${#others[@]} -eq 0 ] || wait "${others[@]}"
+    for number in "${!names[@]}"; do
+        echo >"$OUT/${names[number]}.go"
+        wait "${pids[number]}"
+        rm -f "$OUT/${names[number]}.go"
+    done
+    names=()
+    pids=()
+    others=()
+}
+
+wanted train && train train-124M --shapes 124M --rounds 5 --steps 8 \
+    --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
+wanted memory && beside memory 110 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 80 --out "$OUT/resources"
+# What Triton compiles here stays on the disk.
+wanted attention && beside attention-compiled 110 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
+    --lengths 16384 --rounds 1 --least 0.001 --only "flash (ours)" --out "$OUT/unused"
+measured
+# 16 heads of 64, the shape that the target names.
+wanted attention && step attention 75 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
+    --lengths 16384 4096 --rounds 5 --budget 60 --out "$OUT/attention" \
+    --only "flash (ours)" sdpa "sdpa's flash" "naive compiled"
+
+wanted big-train && {
+    train train-1B --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 transformers-compiled litgpt
+    train train-350M --shapes 350M --rounds 4 --steps 6 --contenders scratchlm-bf16 transformers-compiled
+}
+wanted tests && {
+    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
+    # shellcheck disable=SC2086
+    beside tests 110 "$PYTHON" -m pytest -q $parallel -m "not slow" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
+        tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/train/test_ahead.py tests/train/test_working_copy.py
+}
+measured
 
 # --- alone ------------------------------------------------------------------------------------------------------------
-for number in "${!names[@]}"; do
-    echo >"$OUT/${names[number]}.go"
-    wait "${pids[number]}"
-done
-wanted big-train && {
-    step train-350M 120 "$PYTHON" benchmarks/train.py --device cuda --shapes 350M --rounds 4 --steps 6 --out "$OUT/train" \
-        --contenders scratchlm scratchlm-bf16 transformers-compiled litgpt
-    step train-1B 130 "$PYTHON" benchmarks/train.py --device cuda --shapes 1B --rounds 4 --steps 4 --out "$OUT/train" \
-        --contenders scratchlm-bf16 transformers-compiled litgpt
-}
-# 16 heads of 64, the shape that the target names; then a corner of the course's grid. The whole grid: benchmarks/attention.py alone.
-wanted attention && step attention 70 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
-    --lengths 1024 4096 16384 --rounds 5 --budget 60 --out "$OUT/attention"
+# A corner of the course's grid; the whole: benchmarks/attention.py by itself.
 wanted grid && step attention-grid 70 "$PYTHON" benchmarks/attention.py --device cuda --widths 64 128 --dtypes bf16 fp32 \
     --lengths 512 4096 32768 --rounds 3 --budget 60 --out "$OUT/attention-grid"
 wanted time && step time 80 "$PYTHON" benchmarks/resources_cuda.py --what time --out "$OUT/resources"
-wanted speedrun && [ -n "${TEXT:-}" ] && step speedrun 200 "$PYTHON" benchmarks/speedrun.py --text "$TEXT" --device cuda --rounds 1 --ours 3 --out "$OUT/speedrun"
-rm -rf "$OUT"/*.go "$OUT/unused"
+wanted speedrun && [ -n "${TEXT:-}" ] && step speedrun 200 "$PYTHON" benchmarks/speedrun.py --text "$TEXT" --device cuda --rounds 1 --ours 3 \
+    --out "$OUT/speedrun"
+rm -rf "$OUT/unused"
 "$PYTHON" - "$OUT" <<'PYTHON'
 import json, pathlib, sys
 
