@@ -16,6 +16,7 @@ Run: ``python benchmarks/resources.py [--what memory time start] [--steps 12] [-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -41,6 +42,8 @@ def case(precision: str = "fp32", rows: int = 8, compile: bool = False, **sectio
 MEMORY: dict[str, dict[str, Any]] = {
     "dense fp32": case(),
     "dense bf16": case("bf16"),
+    "bf16 weights": case("bf16", train={"weights": "bf16"}),
+    "bf16 weights, accumulation": case("bf16", train={"weights": "bf16", "accumulation": 4}, rows=4),
     "wide": case(model={"d_model": 512, "heads": 8}, rows=4),
     "deep": case("bf16", model={"layers": 12}),
     "long context": case(model={"context_length": 2048}, rows=1),
@@ -61,6 +64,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "checkpointing, deep": case("bf16", model={"layers": 12}, train={"activation_checkpointing": "blocks"}),
     "dense fp32, compiled": case(compile=True),
     "dense bf16, compiled": case("bf16", compile=True),
+    "bf16 weights, compiled": case("bf16", train={"weights": "bf16"}, compile=True),
     "wide bf16, compiled": case("bf16", model={"d_model": 512, "heads": 8}, rows=4, compile=True),
     "long context bf16, compiled": case("bf16", model={"context_length": 2048}, rows=1, compile=True),
     "experts, compiled": case(model={"moe": {"experts": 8, "top_k": 2}}, rows=4, compile=True),
@@ -131,12 +135,17 @@ def training(
     from scratchlm.resources.step import CPU
     from scratchlm.train.loss import NextTokenLoss, loss_options
     from scratchlm.train.precision import autocast
+    from scratchlm.train.working_copy import WorkingCopy
 
     device = device or CPU
     config, optim, train = sections(given)
     with device:  # a GPU draws its weights itself: a CPU takes seconds
         model = Transformer(config, seed=0 if device.type == "cpu" else None)
+    model.to(device)  # the tables of angles, which are made on a CPU
     loss = NextTokenLoss(model, **loss_options(train))
+    working = WorkingCopy(model) if train.weights == "bf16" else None
+    if working is not None:
+        loss.use(working.model)
     if given["compile"]:
         loss.compile()
     optimizers = build_optimizers(model, optim)
@@ -145,18 +154,23 @@ def training(
     def step() -> None:
         optimizers.zero_grad()
         for _ in range(train.accumulation):
-            with autocast(given["precision"], device):
+            with contextlib.nullcontext() if working else autocast(given["precision"], device):
                 objective = loss(Batch(ids, ids.roll(-1, 1)))
             watch("forward")
             (objective / (ids.numel() * train.accumulation)).backward()
+            if working is not None:
+                working.collect()
             watch("backward")
         clip_grad_norm(list(model.parameters()), 1.0)
         optimizers.step()
+        if working is not None:
+            working.refresh()
         watch("optimizer")
         loss.after_step()
 
     def standing() -> int:
-        tensors = [*model.parameters(), *model.buffers(), ids, *optimizers.named_state().values()]
+        copied = [] if working is None else list(working.model.parameters())
+        tensors = [*model.parameters(), *copied, *model.buffers(), ids, *optimizers.named_state().values()]
         tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         tensors += [m.table for m in model.modules() if isinstance(getattr(m, "table", None), torch.Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

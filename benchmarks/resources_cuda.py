@@ -50,6 +50,7 @@ LONG = {"context_length": 16_384, "layers": 4}
 CASES: dict[str, dict[str, Any]] = {
     "dense fp32": gpu("fp32", 8),
     "dense bf16": gpu(),
+    "bf16 weights": gpu(train={"weights": "bf16"}),
     "small": gpu(rows=4, model={"d_model": 512, "heads": 8, "layers": 4}),
     "many rows": gpu(rows=64),
     "wide": gpu(rows=16, model={"d_model": 4096, "heads": 32, "layers": 2}),

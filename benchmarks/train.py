@@ -104,13 +104,17 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
     workers: dict[str, Worker] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
+        started_at_once = {}
+        if SHAPES[name].device == "cuda":  # a GPU's machine has cores for all of them
+            started_at_once = {contender: Worker(contender, name, threads) for contender in [*contenders, CEILING]}
         for contender in [*contenders, CEILING]:
-            worker = Worker(contender, name, threads)
+            worker = started_at_once.get(contender) or Worker(contender, name, threads)
             try:
                 started = worker.ask()
                 started["warm_seconds"] = worker.ask(str(steps))
             except RuntimeError as error:
                 print(f"{contender}: {error}", file=sys.stderr)
+                worker.end()
                 continue
             workers[contender] = worker
             found[contender] = {"what": CONTENDERS.get(contender, ""), **started}

@@ -25,6 +25,7 @@ from scratchlm.resources.compiled import compiled as as_compiled
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.precision import autocast
+from scratchlm.train.working_copy import WorkingCopy
 
 CPU = torch.device("cpu")
 
@@ -122,6 +123,7 @@ class Traceable:
             for parameter in self.named.values():
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizers.step()  # makes its state
+            self.working = WorkingCopy(self.model) if train.weights == "bf16" else None
 
     def _place(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.real else without_memory()
@@ -156,27 +158,34 @@ class Traceable:
             batch = self.batch(micro_batch, length)
             changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
             train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
-            loss = NextTokenLoss(self.model, **loss_options(train))
+            working = self.working if precision == "bf16" else None
+            computing = self.model if working is None else working.model
+            loss = NextTokenLoss(computing, **loss_options(train))
             vocab, on_cuda = self.config.vocab_size, self.device_type == "cuda"
             loss.rows = cross_entropy.rows_for(vocab, compiled=compiled, device_type=self.device_type)
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
-            tracer = Tracer(self.model)
-            self._watch_what_is_there(tracer, batch)
-            self._watch_gradients(tracer)
+            tracer = Tracer(computing)
+            self._watch_what_is_there(tracer, batch, computing)
+            watch_gradients(tracer, self.model)
             place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
             with tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
                 tracer.phase = "forward"
-                with autocast(precision, CPU):
+                with contextlib.nullcontext() if working else autocast(precision, CPU):
                     objective = loss(batch)
                 tracer.note_kept()
                 tracer.phase = "backward"
                 (objective / (micro_batch * length)).backward()
-                self._watch_gradients(tracer)
+                if working is not None:
+                    watch_gradients(tracer, computing)
+                    working.collect()
+                watch_gradients(tracer, self.model)
                 if not for_peak:
                     tracer.phase = "optimizer"
                     self._clip()
                     self.optimizers.step()
+                    if working is not None:
+                        working.refresh()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
         fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already
@@ -198,9 +207,10 @@ class Traceable:
             positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
         return Batch(ids, torch.zeros_like(ids), positions, documents)
 
-    def _watch_what_is_there(self, tracer: Tracer, batch: Batch) -> None:
-        for name, parameter in self.model.named_parameters():
-            tracer.watch(parameter, "weights", name)
+    def _watch_what_is_there(self, tracer: Tracer, batch: Batch, computing: Transformer) -> None:
+        for model in {id(model): model for model in (self.model, computing)}.values():
+            for name, parameter in model.named_parameters():
+                tracer.watch(parameter, "weights", name)
         tables = [getattr(module, "table", None) for module in self.model.modules()]
         given = [batch.inputs, batch.targets, batch.positions, batch.documents]
         for tensor in [*self.model.buffers(), *tables, *given]:
@@ -210,10 +220,11 @@ class Traceable:
             if state.ndim:
                 tracer.watch(state, "optimizer state", name.split(".", 2)[-1])
 
-    def _watch_gradients(self, tracer: Tracer) -> None:
-        for name, parameter in self.named.items():
-            if parameter.grad is not None:
-                tracer.watch(parameter.grad, "gradients", name)
+
+def watch_gradients(tracer: Tracer, model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            tracer.watch(parameter.grad, "gradients", name)
 
 
 def trace_step(

@@ -36,7 +36,8 @@ class WorkingCopy:
     """
 
     def __init__(self, masters: Transformer, dtype: torch.dtype = torch.bfloat16) -> None:
-        shared = {id(buffer): buffer for buffer in masters.buffers()}
+        kept = [masters.buffers(), *(vars(module).values() for module in masters.modules())]
+        shared = {id(value): value for some in kept for value in some if isinstance(value, Tensor)}
         self.model = copy.deepcopy(masters, shared)
         pairs = list(zip(masters.parameters(), self.model.parameters(), strict=True))
         for _, parameter in pairs:
