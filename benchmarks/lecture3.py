@@ -57,6 +57,8 @@ def filled(page: str, folder: Path) -> str:
     """The page with the tables of `folder`: each stands between ``<!-- table NAME -->`` and ``<!-- end -->``."""
 
     def table(found: re.Match[str]) -> str:
+        if not (folder / found[1] / "table.csv").exists():  # not run yet
+            return found[0]
         return f"<!-- table {found[1]} -->\n{short_table(folder / found[1])}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)

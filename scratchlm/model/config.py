@@ -261,6 +261,11 @@ class ModelConfig(Section):
         return self.moe.experts * self.moe.fine_grained
 
     @property
+    def idle_router(self) -> bool:
+        """Whether a token has one expert whose gate, normalised, is always 1, so that a router learns nothing from the task."""
+        return self.moe.experts > 0 and self.active_experts == 1 and self.moe.normalise
+
+    @property
     def active_experts(self) -> int:
         """Routed experts that one token goes to."""
         return self.moe.top_k * self.moe.fine_grained

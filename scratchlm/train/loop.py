@@ -142,6 +142,11 @@ class Trainer:
             f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
+        if self.model.config.idle_router:
+            self.say(
+                "each token has one expert, and normalised its gate is always 1: the router learns from the balance loss alone; "
+                "set model.moe.normalise = false, with router = softmax_topk or sigmoid"
+            )
         if self.config.parts is None:
             self._fit_memory(as_before=found[-1].state().get("parts") if found else None)
 

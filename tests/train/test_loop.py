@@ -366,3 +366,25 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path, monkeypatch: pyt
     run.fit()
     assert rates == pytest.approx([record["lr"] for record in lines(tmp_path, "train")])
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("moe", "idle"),
+    [
+        ({"top_k": 1}, True),
+        ({"top_k": 1, "router": "topk_softmax"}, True),
+        ({"top_k": 1, "normalise": False}, False),
+        ({"top_k": 2}, False),
+        ({"top_k": 1, "fine_grained": 2}, False),
+    ],
+)
+def test_a_router_that_learns_nothing_from_the_task_is_told(
+    tmp_path: Path, moe: dict[str, Any], idle: bool
+) -> None:
+    config = ModelConfig(**MODEL.model_dump() | {"moe": {"experts": 4, "balance_loss": 0.0} | moe})
+    model, said = Transformer(config, seed=0), []
+    run = trainer(tmp_path, model, train={"steps": 1}, said=said)
+    run.fit()
+    assert any("the router learns from the balance loss alone" in line for line in said) == idle
+    gradient = model.blocks[0].feedforward.router.score.weight.grad
+    assert gradient is not None and bool(gradient.abs().max() > 1e-9) != idle
