@@ -101,37 +101,52 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: int, hold: bool) -> dict[str, Any]:
     """All contenders on one shape."""
+    every = [*contenders, CEILING]
+    started: dict[str, Worker] = {}
     workers: dict[str, Worker] = {}
     found: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[Any]] = {}
+    ends: dict[str, Any] = {}
+
+    def asked(contender: str, line: str = "") -> Any:
+        """Its answer; None: it has died, which is said, and the others go on."""
+        try:
+            return started[contender].ask(line)
+        except (RuntimeError, OSError, ValueError) as error:
+            print(f"{contender}: {error}", file=sys.stderr)
+            started[contender].end()
+            workers.pop(contender, None)
+            return None
+
     try:
-        started_at_once = {}
         if SHAPES[name].device == "cuda":  # a GPU's machine has cores for all of them
-            started_at_once = {contender: Worker(contender, name, threads) for contender in [*contenders, CEILING]}
-        for contender in [*contenders, CEILING]:
-            worker = started_at_once.get(contender) or Worker(contender, name, threads)
-            try:
-                started = worker.ask()
-                started["warm_seconds"] = worker.ask(str(steps))
-            except RuntimeError as error:
-                print(f"{contender}: {error}", file=sys.stderr)
-                worker.end()
+            started |= {contender: Worker(contender, name, threads) for contender in every}
+        for contender in every:
+            if contender not in started:
+                started[contender] = Worker(contender, name, threads)
+            first = asked(contender)
+            if first is None or asked(contender, str(steps)) is None:
                 continue
-            workers[contender] = worker
-            found[contender] = {"what": CONTENDERS.get(contender, ""), **started}
-            print(f"{contender}: ready after {started['first_step_seconds']:.1f} s", file=sys.stderr)
+            workers[contender], times[contender] = started[contender], []
+            found[contender] = {"what": CONTENDERS.get(contender, ""), **first}
+            print(f"{contender}: ready after {first['first_step_seconds']:.1f} s", file=sys.stderr)
         if hold:
             print("all are warm; a line on standard input starts the measurement", file=sys.stderr, flush=True)
             sys.stdin.readline()
-        times: dict[str, list[Any]] = {contender: [] for contender in workers}
         for _ in range(rounds):
-            for contender, worker in workers.items():
-                times[contender] += worker.ask(str(steps))
-        ends = {contender: worker.ask("end") for contender, worker in workers.items()}
+            for contender in list(workers):
+                times[contender] += asked(contender, str(steps)) or []
+        for contender in list(workers):
+            ends[contender] = asked(contender, "end")
     finally:
-        for worker in workers.values():
+        for worker in started.values():
             worker.end()
-    del found[CEILING]
-    ceiling = {kind: spread([t[kind] for t in times[CEILING]]) for kind in ("bf16", "fp32")}
+    ceiling = {}
+    if times.get(CEILING):
+        ceiling = {kind: spread([t[kind] for t in times[CEILING]]) for kind in ("bf16", "fp32")}
+    found = {
+        contender: figures for contender, figures in found.items() if contender != CEILING and ends.get(contender)
+    }
     shape = SHAPES[name]
     for contender, figures in found.items():
         per_second = [shape.tokens / seconds for seconds in times[contender]]
@@ -140,7 +155,6 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
         for kind in ceiling:
             figures[f"share_of_{kind}_ceiling"] = figures["gflops"] / ceiling[kind]["median"]
         figures["peak_mb"] = ends[contender]["peak_mb"]
-        del figures["warm_seconds"]
     ours = max(
         (f["tokens_per_second"]["median"] for name, f in found.items() if name.startswith(OURS)), default=None
     )
@@ -182,7 +196,7 @@ def main() -> None:
         for contender, figures in found["contenders"].items():
             print(
                 f"{name:4} {contender:22} {figures['tokens_per_second']['median']:8,.0f} tok/s  "
-                f"{figures['share_of_bf16_ceiling']:4.0%} of bf16  {figures['peak_mb']:6,.0f} MB  "
+                f"{figures.get('share_of_bf16_ceiling', 0):4.0%} of bf16  {figures['peak_mb']:6,.0f} MB  "
                 f"ours × {figures.get('ours_times_as_fast', 0):.2f}",
                 file=sys.stderr,
             )
@@ -191,6 +205,13 @@ def main() -> None:
             one = {**results, "shapes": {name: found}}
             (options.out / f"{name}.json").write_text(json.dumps(one, indent=1) + "\n")
     print(json.dumps(results))
+    if missing := [
+        (shape, name)
+        for shape in shapes
+        for name in options.contenders
+        if name not in results["shapes"][shape]["contenders"]
+    ]:
+        sys.exit("without a result: " + ", ".join(f"{name} ({shape})" for shape, name in missing))
 
 
 if __name__ == "__main__":

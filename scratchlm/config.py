@@ -415,6 +415,10 @@ class Recipe(Section):
             raise ValueError(
                 "train.weights = bf16 with train.precision = fp32: set precision = bf16 (or auto), or leave the weights in fp32"
             )
+        if train.precision == "fp32" and train.fp8:
+            raise ValueError(
+                "train.fp8 = true with train.precision = fp32: set precision = bf16 (or auto), or leave fp8 out"
+            )
         for name, number in (("accumulation", train.accumulation), ("micro_batch", train.micro_batch)):
             if isinstance(number, int) and train.batch_size % number:
                 raise ValueError(f"train.{name} = {number} does not divide train.batch_size = {train.batch_size}")

@@ -86,7 +86,7 @@ class RunFolder:
         if not is_run(self.path) or not self.has_checkpoints:
             return
         saved = load_recipe(self / "recipe.toml")
-        before, now = fields_of(saved), fields_of(self.recipe)
+        before, now = _LATER | fields_of(saved), _LATER | fields_of(self.recipe)
         for name in now:
             if name not in _ROUNDING and before.get(name) != now[name]:
                 raise UserError(

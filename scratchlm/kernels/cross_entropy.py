@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from scratchlm.kernels.flash_attention_op import runs_on
 from scratchlm.kernels.functions import soft_cap
 
+IN_TORCH = "the loss and the logits' gradient are computed by torch's kernels"
 IGNORE_INDEX = -100
 """Targets with this value count for nothing (padding, re-read context), as in torch."""
 
@@ -122,7 +123,7 @@ def _kernel_for(
 ) -> Callable[[Tensor, Tensor, HeadOptions], tuple[Tensor, Tensor, Tensor]]:
     """What computes a block's loss and gradient: Triton where it runs, whether or not the rest is compiled."""
     known = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if known and runs_on(device, "the loss and the logits' gradient are computed by torch's kernels"):
+    if known and runs_on(device, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
 
         return functools.partial(loss_and_gradient, wants_gradient=wants_gradient)
@@ -237,7 +238,11 @@ def chunked_linear_cross_entropy(
     Returns:
         The objective summed over tokens, and the cross-entropy alone, which has no gradient.
     """
-    rows = rows or rows_for(weight.shape[0], compiled=compiled, device_type=x.device.type)
+    if (
+        rows is None
+    ):  # large blocks where the kernel works in place; torch's own would hold each several times, in fp32
+        whose = x.device.type if x.device.type == "cuda" and runs_on(x.device, IN_TORCH) else "cpu"
+        rows = rows_for(weight.shape[0], compiled=compiled, device_type=whose)
     flat = x.reshape(-1, x.shape[-1])
     # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.
     asking = any(given.requires_grad for given in (x, weight, bias) if given is not None)

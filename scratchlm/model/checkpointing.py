@@ -20,7 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from scratchlm.model.context import Context
 
-_KEPT = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_", "aten::_grouped_mm", "scratchlm::")
+_KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_mm",
+    "aten::_scaled_dot_product_",
+    "aten::_grouped_mm",
+    "scratchlm::",
+)
 """How the names of operations begin whose results are dear: products of linear layers and of experts, fused attention. Not ``bmm``: these
 are scores, the very thing not to be kept."""
 

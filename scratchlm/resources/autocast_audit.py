@@ -13,6 +13,7 @@ What one kernel does inside (fused attention, RMSNorm, fused AdamW) is not seen,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -37,6 +38,7 @@ from scratchlm.optim import Optimizers, build_optimizers, clip_grad_norm, lr_mul
 from scratchlm.resources.places import Places
 from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.precision import Precision, autocast
+from scratchlm.train.working_copy import WorkingCopy
 
 PHASES = ("forward", "backward", "clipping", "optimizer")
 OUTSIDE = "outside modules"
@@ -236,7 +238,7 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
     """One training step of a recipe's model on random tokens: loss, backward, clipping, optimizer, as the loop does them.
 
     The model is the recipe's in every width. If training it takes more than :data:`LARGE` bytes, only the first layers run: up to where
-    the pattern of its layers begins again. torch.compile is off: fused, operations could not be told apart.
+    the pattern of its layers begins again. torch.compile is off: fused, operations could not be told apart; and so are products in fp8.
 
     Args:
         recipe: its `model` (a vocabulary of 0 is the tokenizer's wished size), `optim`, `train` and `seed` are read.
@@ -259,11 +261,13 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         model = Transformer(config, seed=recipe.seed)
         optimizers = build_optimizers(model, recipe.optim)
         batch = _random_batch(config.vocab_size, sequences, length, recipe)
-        places = _Places(model, OUTSIDE)
-        loss = _WatchedLoss(model, places=places, **loss_options(recipe.train))
+        working = WorkingCopy(model) if recipe.train.weights == "bf16" and precision == "bf16" else None
+        computing = model if working is None else working.model
+        places = _Places(computing, OUTSIDE)
+        loss = _WatchedLoss(computing, places=places, **loss_options(recipe.train))
         try:
             with _Watcher(places) as watcher:
-                nats = _step(loss, batch, optimizers, recipe, precision, watcher)
+                nats = _step(loss, batch, optimizers, recipe, precision, watcher, working)
         finally:
             places.remove()
     return Audit(
@@ -273,7 +277,7 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         layers=config.layers,
         of_layers=whole.layers,
         operations=list(watcher.found.values()),
-        held=_held(model, optimizers),
+        held=_held(model, optimizers, computing),
     )
 
 
@@ -284,24 +288,31 @@ def _step(
     recipe: Recipe,
     precision: Precision,
     watcher: _Watcher,
+    working: WorkingCopy | None,
 ) -> Tensor:
     """The six moves of :meth:`scratchlm.train.loop.Trainer._step`; returns the objective per token."""
     device = torch.device("cpu")
     tokens = max(1, int((loss.targets(batch) != IGNORE_INDEX).sum()))
     optimizers.set_lr(lr_multiplier(0, max(1, recipe.train.steps), recipe.optim))
     optimizers.zero_grad()
-    with autocast(precision, device):
+    with autocast(precision, device) if working is None else contextlib.nullcontext():
         total = loss(batch)
     mean = total / tokens
     watcher.phase = "backward"
     watcher.places.follow_backward(mean)
     mean.backward()
+    if working is not None:
+        watcher.places.now = "all gradients"
+        working.collect()
     watcher.phase, watcher.places.now = "clipping", "all gradients"
     clip_grad_norm(list(optimizers.names.values()), recipe.optim.grad_clip or math.inf)
     watcher.phase = "optimizer"
     for name, optimizer in optimizers.optimizers.items():
         watcher.places.now = name
         optimizer.step()
+    if working is not None:
+        watcher.places.now = "rounded weights"
+        working.refresh()
     watcher.places.now = "routers"
     loss.after_step()
     return mean.detach()
@@ -343,9 +354,9 @@ def _memory() -> float:
         return math.inf
 
 
-def _held(model: nn.Module, optimizers: Optimizers) -> list[Held]:
+def _held(model: nn.Module, optimizers: Optimizers, computing: nn.Module) -> list[Held]:
     """What lies in memory between two steps, by kind and dtype."""
-    parameters = list(model.parameters())
+    parameters = list(dict.fromkeys([*model.parameters(), *computing.parameters()]))
     kinds: dict[str, list[Tensor]] = {
         "weights": list(parameters),
         "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],

@@ -202,6 +202,9 @@ def profile(
             "precision_reason": precision.reason,
             "compile": compiling.value,
             "compile_reason": compiling.reason,
+            "compile_mode": train.compile_mode,
+            "weights": train.weights,
+            "fp8": train.fp8,
             "batch_size": train.batch_size,
             "accumulation": trainer.parts,
             "context_length": config.context_length,
@@ -226,7 +229,7 @@ def profile(
             speed = _free_running(trainer, steps, clock)
         seen, traced_modules = _trace(trainer, loss, temporary / "trace.json.gz", device)
         averages = seen.key_averages()
-        standing = memory.standing_bytes(model, trainer.optimizers)
+        standing = memory.standing_bytes(model, trainer.optimizers, loss.model)
         if device.type == "cuda":
             path = temporary / "memory-snapshot.pickle"
             timeline = memory.on_cuda(trainer.step, waiting.observers, standing, _MEMORY_STEPS, path, device)
@@ -253,7 +256,7 @@ def profile(
                 "share": phases["loader"].mean / max(phases["step"].mean, 1e-12),
                 "seconds_per_batch": sum(making) / len(making),
             },
-            modules=module_rows(by_module.events(), model, _TRACED_STEPS),
+            modules=module_rows(by_module.events(), loss.model, _TRACED_STEPS),
             modules_eager=not traced_modules,
             operations=operation_rows(averages, _TRACED_STEPS, device=False),
             kernels=operation_rows(averages, _TRACED_STEPS, device=True),
@@ -320,7 +323,7 @@ def _trace(
     observers = [phase_ranges(ranges, lambda phase: PHASE + phase) for ranges in marks]
     trainer.clock.observers += observers
     loss.ranges = marks if eager else ()
-    modules = marked_modules(trainer.model, marks) if eager else contextlib.nullcontext()
+    modules = marked_modules(loss.model, marks) if eager else contextlib.nullcontext()
     try:
         # The first step under the profiler pays for its start and is not kept.
         schedule = torch.profiler.schedule(wait=0, warmup=1, active=_TRACED_STEPS, repeat=1)

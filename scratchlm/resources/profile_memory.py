@@ -124,15 +124,21 @@ def thin(curve: Curve, most: int = _MOST_POINTS) -> Curve:
     return [max(curve[at : at + step], key=lambda point: point[1]) for at in range(0, len(curve), step)]
 
 
-def standing_bytes(model: nn.Module, optimizers: Optimizers) -> dict[str, int]:
-    """What stays from step to step, each tensor once: ``parameters``, ``gradients``, ``optimizer``, ``buffers``."""
+def standing_bytes(model: nn.Module, optimizers: Optimizers, computing: nn.Module | None = None) -> dict[str, int]:
+    """What stays from step to step, each tensor once: ``parameters``, ``gradients``, ``optimizer``, ``buffers``.
+
+    Args:
+        model: what is trained.
+        optimizers: its.
+        computing: the copy of it that computes, if there is one: its parameters are among the parameters.
+    """
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
     state = [t for t in optimizers.named_state().values() if t.ndim]
     return {
-        "parameters": size(model.parameters()),
+        "parameters": size([*model.parameters(), *(computing or model).parameters()]),
         "gradients": size(p for p in model.parameters() if p.requires_grad),
         "optimizer": size(state),
         "buffers": size(model.buffers()),

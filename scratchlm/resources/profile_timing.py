@@ -21,6 +21,7 @@ import torch
 
 from scratchlm.optim import build_optimizers
 from scratchlm.train.loop import Trainer
+from scratchlm.train.outcome import Outcome
 from scratchlm.train.precision import Decision, choose_compile, choose_precision
 from scratchlm.train.task import Loader
 
@@ -162,7 +163,12 @@ class SteppingTrainer(Trainer):
     """
 
     clock: PhaseClock
-    non_finite = 0
+    _taken: list[Outcome]
+
+    @property
+    def non_finite(self) -> int:
+        """Steps so far whose loss or gradient was not finite: counted, and never a reason to stop, since the time is the same."""
+        return sum(not outcome.is_finite() for outcome in self._taken)
 
     def prepare(self, clock: PhaseClock) -> tuple[Decision, Decision]:
         """Model to the device, optimizers, precision, compiler and micro-batches as a run that begins chooses them.
@@ -173,7 +179,7 @@ class SteppingTrainer(Trainer):
         Raises:
             UserError: the recipe demands what the machine lacks.
         """
-        self.clock = clock
+        self.clock, self._taken = clock, []
         self.loader = _Announced(self.loader, clock)
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.optim)
@@ -182,6 +188,7 @@ class SteppingTrainer(Trainer):
         precision = choose_precision(self.config.precision, self.device)
         compiling = choose_compile(self.config.compile, self.device, self.config.steps)
         self._compute(precision.value, compiling.value)
+        self._look_ahead()
         if self.config.parts is None:
             self._fit_memory(as_before=None)
             clock.leave()  # that trial is no part of a step
@@ -193,7 +200,7 @@ class SteppingTrainer(Trainer):
         outcome = self._step()
         seconds = self.clock.leave()
         self.state.step += 1
-        self.non_finite += not outcome.is_finite()  # counted, and never a reason to stop: the time is the same
+        self._taken.append(outcome)
         return seconds, outcome.tokens
 
     def _begins(self, phase: str) -> None:

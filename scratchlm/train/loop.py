@@ -104,8 +104,7 @@ class Trainer:
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         try:
             self._start()
-            # A router's biases are moved by the host, which has to know.
-            self._ahead = self.optimizers.skips_on_device() and not self.model.config.moe.bias_update
+            self._look_ahead()
             with self._signals:
                 self._run()
         finally:
@@ -142,6 +141,8 @@ class Trainer:
             f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
+        if config.weights == "bf16" and self._working is None:
+            self.say(f"train.weights = bf16 is for products in bf16: the weights stay fp32 in {precision.value}")
         if self.model.config.idle_router:
             self.say(
                 "each token has one expert, and normalised its gate is always 1: the router learns from the balance loss alone; "
@@ -167,6 +168,11 @@ class Trainer:
             computing.multiply_in_fp8()
         if compile == "on":
             self.loss.compile(self.config.compile_mode)
+
+    def _look_ahead(self) -> None:
+        """Go on to the next step without waiting for this one, where the device can leave it out by itself. (A router's biases are moved by the
+        host, which has to know.)"""
+        self._ahead = self.optimizers.skips_on_device() and not self.model.config.moe.bias_update
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         """Where the loss is computed: a working copy needs no autocast."""
@@ -385,6 +391,11 @@ class Trainer:
         """
         total = torch.zeros((), device=self.device)
         self.optimizers.zero_grad()  # 2
+        if (
+            self.loss.replayed and len(micro_batches) > 1
+        ):  # a gradient would be the graph's own memory, which the next part writes over
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         for batch in micro_batches:
             self._begins("forward")
             with self._computing():

@@ -82,7 +82,8 @@ class NextTokenLoss:
         self.mtp_weight = mtp_weight
         self.checkpointing = checkpointing
         self.body = model.body
-        self.compiled = self._replayed = False
+        self.compiled = False
+        self.replayed = False  # whether passes are CUDA graphs, whose results the next pass writes over
         self.rows: int | None = None  # of the chunked loss; None: the kernel's own
         self._prefix = model.config.prefix_length if "prefix_lm" in model.config.mask else 0
         self._forget()
@@ -100,18 +101,18 @@ class NextTokenLoss:
         """
         self.body = torch.compile(self.model.body, dynamic=False, mode=COMPILE_MODES[mode])
         self.compiled = True
-        self._replayed = mode.endswith("cuda_graphs")
+        self.replayed = mode.endswith("cuda_graphs")
 
     def eager(self) -> None:
         """Undo :meth:`compile`."""
         self.body = self.model.body
-        self.compiled = self._replayed = False
+        self.compiled = self.replayed = False
         self._forget()  # what a failed compilation has seen is seen again
 
     def __call__(self, batch: Batch) -> Tensor:
         context = self.model.context(batch.inputs, batch.positions, batch.documents)
         context = replace(context, checkpointing=self.checkpointing)
-        if self._replayed:  # the graph's memory, with what the last pass left in it, is about to be used again
+        if self.replayed:  # the graph's memory, with what the last pass left in it, is about to be used again
             torch.compiler.cudagraph_mark_step_begin()
         hidden, routers = self.model.run(batch.inputs, context, self.body)
         targets = self.targets(batch)
@@ -177,7 +178,7 @@ class NextTokenLoss:
             before, found = self._records.get(record.layer), record.detached()
             if before is not None:
                 found = before.plus(found)
-            elif self._replayed:
+            elif self.replayed:
                 found = found.cloned()
             self._records[record.layer] = found
 

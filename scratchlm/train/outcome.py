@@ -31,10 +31,10 @@ class Outcome:
 
     def __post_init__(self) -> None:
         both = torch.stack([self.total.detach(), self.norm.detach().to(self.total.dtype)])
-        self._there = both.to("cpu", non_blocking=True)
+        self._there = both.to("cpu", non_blocking=both.is_cuda)
         if both.is_cuda:
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(both.device))
 
     def failed(self) -> Tensor:
         """1 if either is not finite, else 0: a scalar in fp32 on the device, without waiting."""

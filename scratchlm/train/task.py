@@ -21,6 +21,7 @@ class Loss(Protocol):
     """A task's objective: summed over a batch's targets, in nats; it may run its model through torch.compile."""
 
     compiled: bool
+    replayed: bool
 
     def __call__(self, batch: Any) -> Tensor: ...
     def compile(self, mode: str = "default") -> None: ...

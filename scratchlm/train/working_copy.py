@@ -61,11 +61,8 @@ class WorkingCopy:
             for master, _ in first:
                 master.grad = torch.empty_like(master)
             torch._foreach_copy_([master.grad for master, _ in first], [parameter.grad for _, parameter in first])
-        if further:
-            torch._foreach_add_(
-                [master.grad for master, _ in further],
-                [parameter.grad.to(master.dtype) for master, parameter in further],
-            )
+        for master, parameter in further:
+            master.grad.add_(parameter.grad)
         self.forget()
 
     def forget(self) -> None:

@@ -16,7 +16,7 @@ from small_run import last_checkpoint, records
 from scratchlm.cli import main
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.pipeline import VERSIONS
-from scratchlm.run_folder import _ROUNDING, fields_of, what_is_learnt
+from scratchlm.run_folder import _LATER, _ROUNDING, fields_of, what_is_learnt
 
 SIX = ["--train.steps", "6"]
 
@@ -141,7 +141,7 @@ def test_code_versions_that_matter_are_inputs(
 
 @pytest.mark.parametrize("name", sorted(_ROUNDING))
 def test_another_way_to_compute_the_same_may_go_on(
-    name: str, small: Path, capfd: pytest.CaptureFixture[str]
+    name: str, small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
         "device": "cpu",
@@ -158,10 +158,19 @@ def test_another_way_to_compute_the_same_may_go_on(
         "model.moe.dispatch": "reference",
         "train.accumulation": "2",
         "train.micro_batch": "1",
+        "train.weights": "bf16",
+        "train.compile_mode": "max_autotune",
+        "train.fp8": "True",
     }
-    lines(capfd, "train", "small.toml", *SIX)
+    if name == "train.fp8":  # which no CPU has: it is pretended, here and where the machine is looked at
+        monkeypatch.setattr("scratchlm.train.precision.has_native_fp8", lambda device: True)
+        monkeypatch.setattr("scratchlm.train.loop.check_fp8", lambda precision, device: None)
+    command = ["train", "small.toml", *SIX]
+    if name in ("train.weights", "train.fp8"):  # of a run in bf16
+        command += ["--train.precision", "bf16"]
+    lines(capfd, *command)
     shutil.rmtree(last_checkpoint(small / "runs/small"))
-    assert main(["train", "small.toml", *SIX, f"--{name.replace('_', '-')}", values[name]]) == 0
+    assert main([*command, f"--{name.replace('_', '-')}", values[name]]) == 0
     out = capfd.readouterr().out
     assert f"going on with another {name}: results may differ in the last digits" in out
     assert re.search(r"^train +resumed and done", out, re.MULTILINE)
@@ -339,12 +348,34 @@ def test_the_embedded_corpus_needs_no_files(tmp_path: Path, monkeypatch: pytest.
     assert sum(split["documents"] for split in manifest["splits"].values()) == 30
 
 
+LATER = {
+    "corpus.hold_out": {"corpus": {"hold_out": "ends"}},
+    "train.weights": {"train": {"weights": "bf16"}},
+    "train.fp8": {"train": {"fp8": True}},
+    "train.compile_mode": {"train": {"compile_mode": "cuda_graphs"}},
+}
+
+
 def test_a_field_that_came_later_does_not_make_an_old_run_another_one() -> None:
     """Left at its default it is not part of what a run is; set, it is."""
-    plain, ends = Recipe(), Recipe(corpus={"hold_out": "ends"})
-    for part in (fields_of, what_is_learnt):
-        assert "corpus.hold_out" not in part(plain) and part(ends)["corpus.hold_out"] == "ends"
-        assert {**part(ends)}.keys() - part(plain).keys() == {"corpus.hold_out"}
+    plain = Recipe()
+    assert LATER.keys() == _LATER.keys()
+    for name, changed in LATER.items():
+        for part in (fields_of, what_is_learnt):
+            assert name not in part(plain)
+            expected = set() if part is what_is_learnt and name in _ROUNDING else {name}
+            assert part(Recipe(**changed)).keys() - part(plain).keys() == expected
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_it_does_not_hide_another_way_to_hold_out(
+    back: bool, small: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--corpus.hold-out", "ends"]
+    first, second = (options, []) if back else ([], options)
+    assert main(["train", "small.toml", *SIX, *first]) == 0
+    assert main(["train", "small.toml", *SIX, *second]) != 0
+    assert "corpus.hold_out" in capfd.readouterr().err
 
 
 def test_the_speedrun_reads_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

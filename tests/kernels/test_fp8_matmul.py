@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scratchlm.data.loader import Batch
 from scratchlm.errors import UserError
@@ -15,12 +18,13 @@ from scratchlm.model import ModelConfig, Transformer
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import check_fp8
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sizes = st.integers(1, 5).map(lambda n: 16 * n)
 
 
 def drawn(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(rows, columns, generator=generator)).to(dtype)
+    return (scale * torch.randn(rows, columns, generator=generator)).to(DEVICE, dtype)
 
 
 @given(
@@ -102,3 +106,35 @@ def test_a_model_in_training_uses_it_in_its_blocks_alone() -> None:
 def test_where_there_is_none_it_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.fp8 = true, but cpu does not multiply fp8"):
         check_fp8("bf16", torch.device("cpu"))
+
+
+class Counting(TorchDispatchMode):
+    """Products in fp8 that are computed: what checkpointing has kept does not come this far."""
+
+    products = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += function is torch.ops.aten._scaled_mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["selective", "blocks"])
+def test_checkpointing_keeps_or_repeats_its_products(kind: str) -> None:
+    """`selective` keeps results of products, these too; the gradient is the same."""
+    config = ModelConfig(vocab_size=37, context_length=8, d_model=32, layers=2, heads=2)
+    ids = torch.randint(0, 37, (4, 9), generator=torch.Generator().manual_seed(0))
+    found: dict[str, list[Tensor]] = {}
+    products: dict[str, int] = {}
+    for checkpointing in ("none", kind):
+        model = Transformer(config, seed=0)
+        model.multiply_in_fp8()
+        loss = NextTokenLoss(model, checkpointing=checkpointing)
+        with Counting() as seen:
+            loss(Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())).backward()
+        products[checkpointing] = seen.products
+        found[checkpointing] = [p.grad for p in model.parameters() if p.grad is not None]
+    for ours, right in zip(found[kind], found["none"], strict=True):
+        assert torch.equal(ours, right)
+    layers = 2 * 4
+    assert products["none"] == 3 * layers
+    assert products[kind] == (3 if kind == "selective" else 4) * layers

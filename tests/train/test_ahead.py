@@ -1,6 +1,7 @@
 """A host that does not wait: steps that are not finite are left out on the device, and nothing else changes.
 
-On a CPU the fused kernel can be told so, too, and there it is only pretended that waiting would cost something.
+On a CPU, too, the fused kernel can be told so, and there it is only pretended that waiting would cost something; where there is a GPU, these
+tests run on it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from scratchlm.optim.adam import Adam
 from scratchlm.train.loop import Interrupted, Trainer
 from scratchlm.train.outcome import Outcome
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPOILT = {1, 3, 4, 5, 9, 12}  # the first, one that is logged, and the last
+
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +32,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_of(folder: Path, *, spoilt: set[int], value: float = math.nan, **options: Any) -> Trainer:
     model = Transformer(MODEL, seed=0)
     train = {"steps": 12, "log_interval": 5, "checkpoint_interval": 100} | options.pop("train", {})
-    return trainer(folder, model, loss=LossThat(model, spoilt, value), train=train, **options)
+    device = torch.device(DEVICE)
+    return trainer(folder, model, loss=LossThat(model, spoilt, value), train=train, device=device, **options)
 
 
 def everything(folder: Path) -> list[dict[str, Any]]:
@@ -41,10 +46,11 @@ def everything(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_it_is_the_same_run(tmp_path: Path, value: float, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"precision": "bf16", "weights": weights}
-    waiting = run_of(tmp_path / "waiting", spoilt={3, 4, 9}, value=value, train=train)
+    monkeypatch.setattr(Adam, "skips_on_device", lambda self: False)
+    waiting = run_of(tmp_path / "waiting", spoilt=SPOILT, value=value, train=train)
     waiting.fit()
     monkeypatch.setattr(Adam, "skips_on_device", lambda self: True)
-    going = run_of(tmp_path / "ahead", spoilt={3, 4, 9}, value=value, train=train)
+    going = run_of(tmp_path / "ahead", spoilt=SPOILT, value=value, train=train)
     going.fit()
     assert going._ahead and not waiting._ahead
     for left, right in zip(waiting.model.parameters(), going.model.parameters(), strict=True):
@@ -114,3 +120,17 @@ def test_routers_with_a_bias_wait(tmp_path: Path, ahead: None) -> None:
     run = trainer(tmp_path, Transformer(ModelConfig(**fields), seed=0), train={"steps": 1})
     run.fit()
     assert not run._ahead
+
+
+def test_resuming_goes_on_from_what_was_read(tmp_path: Path, ahead: None) -> None:
+    """A run that ends in the middle and one that does not have the same weights, with steps left out before and after."""
+    train = {"checkpoint_interval": 6}
+    first = run_of(tmp_path / "parts", spoilt={5, 6}, train=train | {"steps": 6}, optim={"schedule": "constant"})
+    first.fit()
+    again = run_of(tmp_path / "parts", spoilt={2}, train=train, optim={"schedule": "constant"})
+    again.fit()
+    straight = run_of(tmp_path / "straight", spoilt={5, 6, 8}, train=train, optim={"schedule": "constant"})
+    straight.fit()
+    assert (again.state.step, again.state.skipped) == (12, 3)
+    for left, right in zip(again.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(left, right)

@@ -19,6 +19,9 @@ MODEL: dict[str, Any] = {"vocab_size": 37, "context_length": 8, "d_model": 16, "
 MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "balance_loss": 0.3, "router_z_loss": 0.05, "d_expert": 8}
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def batch(seed: int = 0, rows: int = 3, ignored: bool = True) -> Batch:
     ids = torch.randint(0, 37, (rows, 9), generator=torch.Generator().manual_seed(seed))
     targets = ids[:, 1:].clone()
@@ -263,15 +266,16 @@ def test_compiled_and_eager_agree(fields: dict[str, Any]) -> None:
     assert loss(batch()).equal(eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cuda_graphs", "max_autotune"])
 def test_a_mode_of_the_compiler_changes_no_figure(mode: str) -> None:
     """On a GPU the next replay writes over what the pass before has left: figures of the step must not change with it."""
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
-        loss = NextTokenLoss(model_of(moe=MOE))
+        loss = NextTokenLoss(model_of(moe=MOE).to(DEVICE))
         if compile:
             loss.compile(mode)
-        total = [loss(batch(seed)) for seed in (0, 1)]
+        total = [loss(batch(seed).to(DEVICE)) for seed in (0, 1)]
         found.append([*(float(one.detach()) for one in total), *loss.figures()["expert_load"][0]])
     assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -140,3 +140,17 @@ def test_products_in_fp8_are_those_of_the_computing_model(
         not torch.equal(a, b) for a, b in zip(run.model.parameters(), other.model.parameters(), strict=True)
     ]
     assert any(differing)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here, whose graphs would be replayed")
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_graphs_replayed_give_the_same_run(tmp_path: Path, weights: str, parts: int) -> None:
+    found = []
+    for mode in ("default", "cuda_graphs"):
+        train = {"weights": weights, "accumulation": parts, "compile": "on", "compile_mode": mode}
+        run = trained(tmp_path / mode, 5, train=train, device=torch.device("cuda"))
+        found.append(list(run.model.parameters()))
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
