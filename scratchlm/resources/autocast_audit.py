@@ -354,9 +354,9 @@ def _memory() -> float:
         return math.inf
 
 
-def _held(model: nn.Module, optimizers: Optimizers, computing: nn.Module) -> list[Held]:
+def _held(model: nn.Module, optimizers: Optimizers, computing: nn.Module | None = None) -> list[Held]:
     """What lies in memory between two steps, by kind and dtype."""
-    parameters = list(dict.fromkeys([*model.parameters(), *computing.parameters()]))
+    parameters = list(dict.fromkeys([*model.parameters(), *(computing or model).parameters()]))
     kinds: dict[str, list[Tensor]] = {
         "weights": list(parameters),
         "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],

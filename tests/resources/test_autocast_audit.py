@@ -285,3 +285,17 @@ def test_places() -> None:
     assert everywhere("blocks.0.attention.qkv") == "blocks.*.attention.qkv"
     assert everywhere("blocks.10.experts.3") == "blocks.*.experts.*"
     assert everywhere("q8.norm2") == "q8.norm2"
+
+
+def test_bf16_weights_are_audited_as_they_train() -> None:
+    """Nothing is cast where it is used, and beside the masters lies the copy."""
+    tiny = {"vocab_size": 64, "context_length": 16, "d_model": 16, "layers": 1, "heads": 2}
+    found = {
+        weights: audit(Recipe(model=tiny, train={"weights": weights}), length=16) for weights in ("fp32", "bf16")
+    }
+    held = {
+        weights: {h.dtype: h.numbers for h in one.held if h.what == "weights"} for weights, one in found.items()
+    }
+    numbers = held["fp32"]["fp32"]
+    assert held == {"fp32": {"fp32": numbers}, "bf16": {"fp32": numbers, "bf16": numbers}}
+    assert found["fp32"].loss == pytest.approx(found["bf16"].loss, rel=0.02)
