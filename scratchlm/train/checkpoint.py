@@ -34,7 +34,7 @@ from scratchlm.model.card import card
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim.ema import WeightAverage
-from scratchlm.section import validate
+from scratchlm.section import flat_fields, validate
 from scratchlm.tokenizer import Tokenizer
 
 _NAME = re.compile(r"step-(\d+)")
@@ -336,3 +336,16 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> No
         torch.set_rng_state(states["rng.cpu"])
     if "rng.cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+SAME_FUNCTION = ("kernels", "attention_kernel", "linear.form", "linear.chunk", "moe.dispatch")
+"""Fields of the model that are only another way to compute the same."""
+
+
+def first_difference(then: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first field that changes what is learnt."""
+    before = flat_fields(then)
+    for name, value in flat_fields(now).items():
+        if name not in SAME_FUNCTION and before[name] != value:
+            return f"model.{name}", before[name], value
+    return None

@@ -19,13 +19,13 @@ from scratchlm.errors import UserError
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.progress import progress
-from scratchlm.section import flat_fields
 from scratchlm.tokenizer import Tokenizer
 from scratchlm.train import fitting
 from scratchlm.train.checkpoint import (
     Checkpoint,
     Progress,
     checkpoints,
+    first_difference,
     generator_states,
     load_weights,
     prune,
@@ -36,7 +36,14 @@ from scratchlm.train.checkpoint import (
 from scratchlm.train.live import Live, Utilisation, memory_in_use
 from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.outcome import Outcome
-from scratchlm.train.precision import Decision, autocast, check_fp8, choose_compile, choose_precision
+from scratchlm.train.precision import (
+    Decision,
+    autocast,
+    check_fp8,
+    choose_compile,
+    choose_precision,
+    is_compiler_error,
+)
 from scratchlm.train.signals import Interrupted, Signals
 from scratchlm.train.task import Loader, Loss
 from scratchlm.train.working_copy import WorkingCopy
@@ -223,7 +230,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         progress = checkpoint.progress()
-        if (differing := _first_difference(checkpoint.config(), self.model.config)) is not None:
+        if (differing := first_difference(checkpoint.config(), self.model.config)) is not None:
             name, then, now = differing
             raise UserError(
                 f"{checkpoint.path} holds a model with {name} = {then}, the recipe says {now}: "
@@ -331,7 +338,7 @@ class Trainer:
             except Exception as error:
                 if fitting.is_out_of_memory(error):
                     self._smaller_parts(error)
-                elif self.loss.compiled and _is_compiler_error(error):
+                elif self.loss.compiled and is_compiler_error(error):
                     self._without_compiler(error)
                 else:
                     raise
@@ -502,22 +509,3 @@ class Trainer:
         live = self._live.postfix(self.state.precision)
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self._lr():.2e}", **live, refresh=False)
         bar.update(1)
-
-
-def _is_compiler_error(error: Exception) -> bool:
-    """Whether torch.compile itself failed, as opposed to the computation."""
-    module = type(error).__module__
-    return module.startswith(("torch._dynamo", "torch._inductor"))
-
-
-SAME_FUNCTION = ("kernels", "attention_kernel", "linear.form", "linear.chunk", "moe.dispatch")
-"""Fields of the model that are only another way to compute the same."""
-
-
-def _first_difference(then: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """The first field that changes what is learnt."""
-    before = flat_fields(then)
-    for name, value in flat_fields(now).items():
-        if name not in SAME_FUNCTION and before[name] != value:
-            return f"model.{name}", before[name], value
-    return None

@@ -130,3 +130,9 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
         context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=torch.bfloat16)
         return context
     return contextlib.nullcontext()
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Whether torch.compile itself failed, as opposed to the computation."""
+    module = type(error).__module__
+    return module.startswith(("torch._dynamo", "torch._inductor"))
