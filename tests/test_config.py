@@ -165,6 +165,8 @@ def consistent(flat: dict[str, Any]) -> dict[str, Any]:
         del corpus[name]
     if kind in ("jsonl", "parquet"):
         corpus.pop("separator", None)
+    if values.get("train", {}).get("precision") == "fp32":
+        values["train"] |= {"weights": "fp32", "fp8": False}
     if corpus.get("validation_paths") or corpus.get("validation_split"):
         corpus.pop("hold_out", None)
     return values

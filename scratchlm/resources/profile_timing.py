@@ -163,12 +163,9 @@ class SteppingTrainer(Trainer):
     """
 
     clock: PhaseClock
-    _taken: list[Outcome]
-
-    @property
-    def non_finite(self) -> int:
-        """Steps so far whose loss or gradient was not finite: counted, and never a reason to stop, since the time is the same."""
-        return sum(not outcome.is_finite() for outcome in self._taken)
+    non_finite = 0
+    """Steps so far whose loss or gradient was not finite: counted, and never a reason to stop, since the time is the same."""
+    _unread: Outcome | None = None
 
     def prepare(self, clock: PhaseClock) -> tuple[Decision, Decision]:
         """Model to the device, optimizers, precision, compiler and micro-batches as a run that begins chooses them.
@@ -179,7 +176,7 @@ class SteppingTrainer(Trainer):
         Raises:
             UserError: the recipe demands what the machine lacks.
         """
-        self.clock, self._taken = clock, []
+        self.clock = clock
         self.loader = _Announced(self.loader, clock)
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.optim)
@@ -200,7 +197,9 @@ class SteppingTrainer(Trainer):
         outcome = self._step()
         seconds = self.clock.leave()
         self.state.step += 1
-        self._taken.append(outcome)
+        waiting, self._unread = (self._unread, outcome) if self._ahead else (outcome, None)
+        if waiting is not None:  # a device that runs ahead is not waited for
+            self.non_finite += not waiting.is_finite()
         return seconds, outcome.tokens
 
     def _begins(self, phase: str) -> None:
