@@ -247,9 +247,8 @@ def chunked_linear_cross_entropy(
     Returns:
         The objective summed over tokens, and the cross-entropy alone, which has no gradient.
     """
-    if (
-        rows is None
-    ):  # large blocks where the kernel works in place; torch's own would hold each several times, in fp32
+    if rows is None:
+        # Large blocks where the kernel works in place; torch's own would hold each several times, in fp32.
         whose = "cuda" if x.device.type == "cuda" and _triton_runs(x.device) else "cpu"
         rows = rows_for(weight.shape[0], compiled=compiled, device_type=whose)
     flat = x.reshape(-1, x.shape[-1])

@@ -11,8 +11,7 @@ One program per row. It reads the row twice and writes it once, and there is no 
                                                                2nd reading   ((1 + 2 z Z) p − onehot) · scale, written in place
 
 Arithmetic is in fp32 whatever the logits' dtype, with exp(logit − m) as the formula has it: a product with log₂ e before the
-difference would cost large logits their digits. Programs have many warps, so that few are at work at a time: two to each of 132
-processors hold 27 MB of rows of 50,304 logits in bf16, which an L2 cache of 50 MB can still have at the second reading. Nothing is tuned by
+difference would cost large logits their digits. Nothing is tuned by
 measuring: another BLOCK adds in another order, and a resumed run is to find the same sums. Without a GPU it runs in Triton's interpreter, as
 flash attention does.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -57,23 +57,15 @@ class RouterRecord:
 
     def detached(self) -> RouterRecord:
         """The same figures without their graph."""
-        return replace(
-            self,
-            loss=self.loss.detach(),
-            load=self.load.detach(),
-            dropped=self.dropped.detach(),
-            entropy=self.entropy.detach(),
-        )
+        return self._each(Tensor.detach)
 
     def cloned(self) -> RouterRecord:
         """The same figures in memory of their own."""
-        return replace(
-            self,
-            loss=self.loss.clone(),
-            load=self.load.clone(),
-            dropped=self.dropped.clone(),
-            entropy=self.entropy.clone(),
-        )
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RouterRecord:
+        loss, load, dropped, entropy = map(change, (self.loss, self.load, self.dropped, self.entropy))
+        return replace(self, loss=loss, load=load, dropped=dropped, entropy=entropy)
 
     def plus(self, other: RouterRecord) -> RouterRecord:
         """Both passes together: sums."""

@@ -92,9 +92,7 @@ class Trainer:
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
     _working: WorkingCopy | None = None
-    _ahead: bool = (
-        False  # whether a step that is not finite is left out on the device, so that the host need not wait for it
-    )
+    _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
 
     def fit(self) -> Progress:
         """Train until `config.steps`, from the newest checkpoint if there is one.
@@ -398,9 +396,8 @@ class Trainer:
         """
         total = torch.zeros((), device=self.device)
         self.optimizers.zero_grad()  # 2
-        if (
-            self.loss.replayed and len(micro_batches) > 1
-        ):  # a gradient would be the graph's own memory, which the next part writes over
+        if self.loss.replayed and len(micro_batches) > 1:
+            # Else a gradient would be the graph's own memory, which the next part writes over.
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         for batch in micro_batches:
