@@ -2,18 +2,18 @@
 # Everything that needs a GPU: all of it in about fifteen minutes, or the parts that are named; those of each line below take less than nine.
 #
 #     OUT=folder benchmarks/gpu.sh tests memory train attention time
-#     OUT=folder benchmarks/gpu.sh big-train grid
+#     OUT=folder benchmarks/gpu.sh big-train larger grid
 #     OUT=folder TEXT=tinyshakespeare.txt benchmarks/gpu.sh speedrun
 #
 # First, side by side, what is not timed: the tests, peaks of memory, and everything that a later step will find compiled. Then, alone, what is. Each step has
 # its own limit, and one that fails does not stop those after it. Results go to $OUT (default: docs/results/gpu); the last line is JSON: the exit status and
-# the seconds of every step (124: it ran into its limit). TEXT names tiny Shakespeare for the speedrun, which is left out without it.
+# the seconds of every step (124: it ran into its limit). TEXT names tiny Shakespeare for the speedrun, which is left out without it; BESIDE is a command of one's own that runs beside what is not timed.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-docs/results/gpu}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-WANTED=" ${*:-tests memory train big-train attention grid time speedrun} "
+WANTED=" ${*:-tests memory train big-train larger attention grid time speedrun} "
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "gpu.sh: torch in $PYTHON sees no CUDA device: run it on a machine with one, or set PYTHON" >&2
@@ -74,7 +74,15 @@ measured() { # when all of them are warm and nothing else runs, one after the ot
 
 wanted train && train train-124M --shapes 124M --rounds 5 --steps 8 \
     --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
-wanted memory && beside memory 110 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 80 --out "$OUT/resources"
+wanted memory && beside memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 140 --out "$OUT/resources"
+wanted tests && {
+    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
+    # shellcheck disable=SC2086
+    beside tests 170 "$PYTHON" -m pytest -v $parallel -m "not slow" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
+        tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/train/test_ahead.py tests/train/test_step_graph.py
+    beside graphs 170 "$PYTHON" -m pytest -v -m slow -p no:cacheprovider tests/train/test_working_copy.py tests/train/test_loss.py tests/train/test_step_graph.py -k "graphs or mode or recorded"
+}
+[ -n "${BESIDE:-}" ] && beside beside 170 bash -c "$BESIDE"
 # What Triton compiles here stays on the disk.
 wanted attention && beside attention-compiled 110 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --widths 64 --dtypes bf16 \
     --lengths 16384 --rounds 1 --least 0.001 --only "flash (ours)" --out "$OUT/unused"
@@ -86,20 +94,21 @@ wanted attention && step attention 75 "$PYTHON" benchmarks/attention.py --device
 
 wanted big-train && {
     train train-350M --shapes 350M --rounds 4 --steps 6 --contenders scratchlm-bf16 transformers-compiled litgpt
-    measured
-    for peer in transformers-compiled litgpt; do # two at a time are what 80 GB hold
-        train "train-1B-$peer" --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 "$peer"
+    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)
+    if [ "${memory:-0}" -lt 100000 ]; then # 80 GB hold two contenders of 1B at a time
         measured
-    done
+        for peer in transformers-compiled litgpt; do
+            train "train-1B-$peer" --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 "$peer"
+            measured
+        done
+    fi
 }
-wanted tests && {
-    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
-    # shellcheck disable=SC2086
-    beside tests 110 "$PYTHON" -m pytest -q $parallel -m "not slow" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
-        tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/train/test_ahead.py
-    beside graphs 170 "$PYTHON" -m pytest -q -m slow -p no:cacheprovider tests/train/test_working_copy.py tests/train/test_loss.py -k "graphs or mode"
-}
+wanted larger && beside larger 210 "$PYTHON" benchmarks/lecture3.py larger --jobs 8 --work "$OUT/lecture3-work" --out "$OUT/lecture3"
 measured
+wanted big-train && [ "${memory:-0}" -ge 100000 ] && {
+    train train-1B --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 transformers-compiled litgpt
+    measured
+}
 
 # --- alone ------------------------------------------------------------------------------------------------------------
 # A corner of the course's grid; the whole: benchmarks/attention.py by itself.

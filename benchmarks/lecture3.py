@@ -1,7 +1,7 @@
 """The course's experiments: run what is not finished, and gather tables, pictures and figures.
 
 Run: ``python benchmarks/lecture3.py [NAMES …] [--jobs 2] [--work runs/lecture3] [--out docs/results/lecture3]``; without names all of
-recipes/experiments. Hours on two cores; stopped, the same command goes on. Equal runs are made once for all experiments. The page README.md in the
+recipes/experiments that are for a CPU. Hours on two cores; stopped, the same command goes on. Equal runs are made once for all experiments. The page README.md in the
 output folder gets its short tables from here; its words are a person's.
 """
 
@@ -18,6 +18,8 @@ from pathlib import Path
 from scratchlm.experiments import Ablation, load_experiment
 
 SPECS = Path(__file__).resolve().parent.parent / "recipes/experiments"
+LARGE = "larger"
+"""For a GPU: it is run when it is named."""
 KEPT = ("table.md", "table.csv", "results.json")
 
 
@@ -66,13 +68,13 @@ def filled(page: str, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = sorted(path.stem for path in SPECS.glob("*.toml") if path.stem != "base")
-    parser.add_argument("names", nargs="*", choices=[*every, []], help="default: all")
+    every = sorted(path.stem for path in SPECS.glob("*.toml") if not path.stem.startswith("base"))
+    parser.add_argument("names", nargs="*", choices=[*every, []], help=f"default: all but {LARGE}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--work", type=Path, default=Path("runs/lecture3"), help="experiments and their runs")
     parser.add_argument("--out", type=Path, default=Path("docs/results/lecture3"), help="tables and pictures")
     given = parser.parse_args()
-    for name in given.names or every:
+    for name in given.names or [name for name in every if name != LARGE]:
         print(f"== {name}", flush=True)
         source = SPECS / f"{name}.toml"
         folder = given.work / "experiments" / name

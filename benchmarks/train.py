@@ -54,10 +54,10 @@ SHAPES = {
     "18M": Shape(512, 4, 16),
     "31M": Shape(512, 8, 8),
     "64M": Shape(768, 8, 4),
-    # For a GPU, with GPT-2's vocabulary. The batches are what four (for 1B: two) contenders hold side by side in 80 GB.
-    "124M": Shape(768, 12, 16, 1024, 50_304, device="cuda"),
-    "350M": Shape(1024, 24, 8, 1024, 50_304, device="cuda"),
-    "1B": Shape(2048, 18, 4, 2048, 50_304, 128, device="cuda"),
+    # For a GPU, with GPT-2's vocabulary. The batches are what all contenders hold side by side in 140 GB, or half of them in 80.
+    "124M": Shape(768, 12, 32, 1024, 50_304, device="cuda"),
+    "350M": Shape(1024, 24, 16, 1024, 50_304, device="cuda"),
+    "1B": Shape(2048, 18, 8, 2048, 50_304, 128, device="cuda"),
 }
 OURS, CEILING = "scratchlm", "ceiling"
 CONTENDERS = {

@@ -296,6 +296,11 @@ class TrainConfig(Section):
         description="What torch.compile spends more time on: cuda_graphs record all launches of a pass once and replay them (for small models on a "
         "GPU), max_autotune measures several kernels for each product.",
     )
+    cuda_graph: bool = Field(
+        default=False,
+        description="On a GPU, without accumulation: record all launches of forward and backward once and replay them, compiled or not (for small "
+        "models, whose launches take longer than their work). Not with a compile_mode that does so by itself.",
+    )
     activation_checkpointing: Literal["none", "selective", "blocks"] = Field(
         default="none",
         description="blocks: a block keeps its input alone and computes the rest again in the backward pass; less memory, about a "
@@ -418,6 +423,14 @@ class Recipe(Section):
         if train.precision == "fp32" and train.fp8:
             raise ValueError(
                 "train.fp8 = true with train.precision = fp32: set precision = bf16 (or auto), or leave fp8 out"
+            )
+        if train.cuda_graph and train.compile_mode.endswith("cuda_graphs"):
+            raise ValueError(
+                f"train.cuda_graph = true with train.compile_mode = {train.compile_mode}: one of them records the step; leave the other out"
+            )
+        if train.cuda_graph and (train.parts or 1) > 1:
+            raise ValueError(
+                f"train.cuda_graph = true with {train.parts} micro-batches per step: a step is recorded in one piece; leave cuda_graph or the accumulation out"
             )
         for name, number in (("accumulation", train.accumulation), ("micro_batch", train.micro_batch)):
             if isinstance(number, int) and train.batch_size % number:

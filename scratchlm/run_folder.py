@@ -24,13 +24,14 @@ _ELSEWHERE = {
 _ROUNDING = {
     # Fields that choose another way to compute the same: a run may go on with another one, in other last digits.
     "device", "threads", "model.kernels", "model.attention_kernel", "train.precision", "train.weights", "train.fp8",
-    "train.compile", "train.compile_mode", "train.loss_kernel", "train.activation_checkpointing", "train.micro_batch", "train.accumulation", "optim.implementation",
+    "train.compile", "train.compile_mode", "train.cuda_graph", "train.loss_kernel", "train.activation_checkpointing", "train.micro_batch", "train.accumulation", "optim.implementation",
     "model.linear.form", "model.linear.chunk", "model.moe.dispatch",
 }  # fmt: skip
 
 
 _LATER = {
     "corpus.hold_out": "documents", "train.weights": "fp32", "train.fp8": False, "train.compile_mode": "default",
+    "train.cuda_graph": False,
 }  # fmt: skip
 """Fields that came when runs of their default had been made already: with it they are left out, so that such a run is still the same run."""
 

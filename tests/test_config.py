@@ -167,6 +167,12 @@ def consistent(flat: dict[str, Any]) -> dict[str, Any]:
         corpus.pop("separator", None)
     if values.get("train", {}).get("precision") == "fp32":
         values["train"] |= {"weights": "fp32", "fp8": False}
+    train = values.get("train", {})
+    if train.get("cuda_graph"):
+        if str(train.get("compile_mode")).endswith("cuda_graphs"):
+            train["compile_mode"] = "default"
+        if isinstance(train.get("micro_batch"), int) or isinstance(train.get("accumulation"), int):
+            train.pop("cuda_graph")
     if corpus.get("validation_paths") or corpus.get("validation_split"):
         corpus.pop("hold_out", None)
     return values

@@ -43,7 +43,7 @@ class Batch:
 
 
 def _move(tensor: Tensor, device: str | torch.device) -> Tensor:
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -123,6 +123,9 @@ def sdpa_attention(
         wide = [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
         return sdpa_attention(wide[0], wide[1], wide[2], visible, scores)[..., : v.shape[-1]]
     queries, keys = q.shape[-2], k.shape[-2]
+    group = q.shape[-3] // k.shape[-3]
+    if group > 1 and queries > 1 and not shares_keys(q):
+        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
     options: dict[str, Any] = {
         "scale": scores.scale_of(q.shape[-1]),
         "enable_gqa": q.shape[-3] != k.shape[-3],
@@ -147,6 +150,11 @@ def sdpa_attention(
         if queries == keys and _flash_tells_sums(q, k, v, visible, scores):
             return _flash_with_sinks(q, k, v, visible, scores)
     return _with_additive_mask(q, k, v, visible, scores, options)
+
+
+def shares_keys(q: Tensor) -> bool:
+    """Whether torch's fused kernels read shared keys and values by themselves: asked to in fp32 on CUDA, it falls back to all scores."""
+    return q.device.type != "cuda" or q.dtype != torch.float32
 
 
 def _allowed(

@@ -215,6 +215,8 @@ def profile(
         say(
             f"profiling on {device}: {model.num_params():,} parameters, {precision.value}, compile {compiling.value}, {data}"
         )
+        if train.cuda_graph:
+            say("profiled as launched, one kernel after the other: without train.cuda_graph")
         temporary = stack.enter_context(atomic_directory(folder))  # all files at once, at the end
         before = [trainer.step()[0]["step"] for _ in range(warmup)]
         # The compiler may have failed, or memory.

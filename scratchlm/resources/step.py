@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
-from scratchlm.kernels import cross_entropy
+from scratchlm.kernels import attention, cross_entropy
 from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
@@ -249,6 +249,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         chunked loss    the gradient takes the place of the logits
         RMSNorm         one kernel keeps its input and a number per row, as layer norm does on both; compiled, a chain is what is fused
         dropout         keeps a mask of bytes, not factors in the input's dtype
+        shared keys     in fp32 repeated for every head
         Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively
     """
     dropout = F.dropout
@@ -262,6 +263,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
+        changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
         if not compiled:
             changes.enter_context(_replaced(F, "rms_norm", normed))

@@ -45,6 +45,7 @@ from scratchlm.train.precision import (
     is_compiler_error,
 )
 from scratchlm.train.signals import Interrupted, Signals
+from scratchlm.train.step_graph import NotRecorded, StepGraph
 from scratchlm.train.task import Loader, Loss
 from scratchlm.train.working_copy import WorkingCopy
 
@@ -92,6 +93,7 @@ class Trainer:
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
     _working: WorkingCopy | None = None
+    _graph: StepGraph | None = None
     _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
 
     def fit(self) -> Progress:
@@ -153,7 +155,11 @@ class Trainer:
                 "each token has one expert, and normalised its gate is always 1: the router learns from the balance loss alone; "
                 "set model.moe.normalise = false, with router = softmax_topk or sigmoid"
             )
-        if self.config.parts is None:
+        if config.cuda_graph and self._on_gpu:
+            self._graph = StepGraph(self._one, self.loss, list(self.parameters), self.device)
+        elif config.cuda_graph:
+            self.say(f"train.cuda_graph is for GPUs: {self.device.type} goes on without")
+        if config.parts is None:
             self._fit_memory(as_before=found[-1].state().get("parts") if found else None)
 
     def _compute(self, precision: str, compile: str) -> None:
@@ -182,6 +188,10 @@ class Trainer:
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         """Where the loss is computed: a working copy needs no autocast."""
         return contextlib.nullcontext() if self._working else autocast(self.state.precision, self.device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def parts(self) -> int:
@@ -223,6 +233,8 @@ class Trainer:
         self.optimizers.zero_grad()
         if self._working is not None:
             self._working.forget()
+        if self._graph is not None:
+            self._graph.forget()
         self.loss.after_step(updated=False)
         fitting.release(self.device)
 
@@ -338,6 +350,9 @@ class Trainer:
                     self._smaller_parts(error)
                 elif self.loss.compiled and is_compiler_error(error):
                     self._without_compiler(error)
+                elif self._graph is not None and isinstance(error, NotRecorded):
+                    self.say(f"{error}: going on without train.cuda_graph, slower")
+                    self._graph = None
                 else:
                     raise
             # Only here the exception is gone, and with it the tensors that its frames held.
@@ -394,23 +409,32 @@ class Trainer:
 
         Each part is divided by all of the step's tokens, so that accumulation equals the big batch exactly.
         """
-        total = torch.zeros((), device=self.device)
         self.optimizers.zero_grad()  # 2
+        if self._graph is not None and len(micro_batches) > 1:
+            self.say("train.cuda_graph records a batch computed at once, not micro-batches: going on without")
+            self._graph = None
+        if self._graph is not None:
+            return self._graph(micro_batches[0].to(self.device), tokens)
         if self.loss.replayed and len(micro_batches) > 1:
             # Else a gradient would be the graph's own memory, which the next part writes over.
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
+        total = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            self._begins("forward")
-            with self._computing():
-                loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
-            self._begins("backward")
-            (loss / max(tokens, 1)).backward()  # 5
-            if self._working is not None:
-                self._working.collect()
-            total += loss.detach()
+            total += self._one(batch, max(tokens, 1))
         self._begins("optimizer")
         return total
+
+    def _one(self, batch: Any, tokens: int | Tensor) -> Tensor:
+        """Forward and backward of one micro-batch; returns its summed loss."""
+        self._begins("forward")
+        with self._computing():
+            loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
+        self._begins("backward")
+        (loss / tokens).backward()  # 5
+        if self._working is not None:
+            self._working.collect()
+        return loss.detach()
 
     def _begins(self, phase: str) -> None:
         """For who wants to know (:mod:`scratchlm.resources.profile_timing`): a part of the step begins."""

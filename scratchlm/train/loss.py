@@ -182,6 +182,15 @@ class NextTokenLoss:
                 found = found.cloned()
             self._records[record.layer] = found
 
+    def beside(self) -> Any:
+        """What was added up since :meth:`after_step`: for :meth:`put_back`, when a CUDA graph has computed it anew."""
+        return self._extra, dict(self._records)
+
+    def put_back(self, beside: Any) -> None:
+        """See :meth:`beside`."""
+        self._extra, records = beside
+        self._records = dict(records)
+
     def extra(self) -> Tensor | None:
         """What the objective held beyond the cross-entropy since :meth:`after_step`, summed; None: no batch yet."""
         return self._extra

@@ -43,6 +43,14 @@ class Loss(Protocol):
         """More to log about this step."""
         ...
 
+    def beside(self) -> Any:
+        """What it keeps for :meth:`extra`, :meth:`figures` and :meth:`after_step`."""
+        ...
+
+    def put_back(self, beside: Any) -> None:
+        """Undo what was forgotten since :meth:`beside`."""
+        ...
+
     def after_step(self, updated: bool = True) -> None:
         """The optimizer has stepped (or the step was skipped)."""
         ...

@@ -161,6 +161,7 @@ def test_another_way_to_compute_the_same_may_go_on(
         "train.weights": "bf16",
         "train.compile_mode": "max_autotune",
         "train.fp8": "True",
+        "train.cuda_graph": "True",
     }
     if name == "train.fp8":  # which no CPU has: it is pretended, here and where the machine is looked at
         monkeypatch.setattr("scratchlm.train.precision.has_native_fp8", lambda device: True)
@@ -353,6 +354,7 @@ LATER = {
     "train.weights": {"train": {"weights": "bf16"}},
     "train.fp8": {"train": {"fp8": True}},
     "train.compile_mode": {"train": {"compile_mode": "cuda_graphs"}},
+    "train.cuda_graph": {"train": {"cuda_graph": True}},
 }
 
 

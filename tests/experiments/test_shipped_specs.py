@@ -12,7 +12,9 @@ from scratchlm.experiments.plan import Planner
 from scratchlm.experiments.spec import load_experiment
 
 SPECS = sorted(
-    path for path in (Path(__file__).parents[2] / "recipes/experiments").glob("*.toml") if path.name != "base.toml"
+    path
+    for path in (Path(__file__).parents[2] / "recipes/experiments").glob("*.toml")
+    if not path.name.startswith("base")
 )
 
 

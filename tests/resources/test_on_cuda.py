@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": "fp32",
     },
     "dropout": {"config": {"residual_dropout": 0.1, "embedding_dropout": 0.1}},
+    "shared keys": {"config": {"kv_heads": 1, "attention_kernel": "sdpa", "vocab_size": 50}, "precision": "fp32"},
     "muon": {"optim": {"optimizer": "muon"}},
 }
 
@@ -95,6 +96,18 @@ def test_on_cuda_less_is_kept(for_peak: bool) -> None:
     masks = 2 * 3 * numbers  # bytes, not floats
     means = 2 * 4 * numbers // 64
     assert kept[0] - kept[1] == norms + masks - means
+
+
+def test_shared_keys_are_repeated_in_fp32_alone() -> None:
+    kept = {}
+    for precision in ("fp32", "bf16"):
+        for device in ("cpu", "cuda"):
+            memory = traced(device, model={"kv_heads": 1, "attention_kernel": "sdpa"}, precision=precision).memory
+            first = [s for s in memory.storages if s.kind == "activations" and s.module == "blocks.0.attention"]
+            kept[precision, device] = sorted(s.size for s in first)
+    numbers = 4 * 4 * 128 * 64
+    assert kept["fp32", "cuda"].count(numbers) == kept["fp32", "cpu"].count(numbers) + 2  # keys and values of every head
+    assert kept["bf16", "cuda"] == kept["bf16", "cpu"]
 
 
 def test_experts_and_accumulation_are_traced_too() -> None:
