@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def d_ff(self) -> int:
-        return -(-8 * self.d_model // (3 * 64)) * 64
+        return round(8 * self.d_model / (3 * 64)) * 64
 
     @property
     def tokens(self) -> int:

@@ -136,7 +136,8 @@ def differences_figure(comparison: Comparison) -> Figure | None:
     axes = figure.add_subplot()
     hue = {"better": HUES["light"][2], "worse": HUES["light"][7]}
     means = [row.difference.mean for row in rows if row.difference is not None]
-    reach = max(map(abs, means)) or 1e-3
+    halves = [(d.high - d.low) / 2 for row in rows if (d := row.difference) is not None and math.isfinite(d.low)]
+    reach = max([*map(abs, means), float(np.median(halves)) if halves else 0.0]) or 1e-3
     for place, row in enumerate(reversed(rows)):
         d = row.difference
         assert d is not None
@@ -147,6 +148,9 @@ def differences_figure(comparison: Comparison) -> Figure | None:
         )  # a wild one must not flatten the others
         if math.isfinite(d.low):
             axes.plot([low, high], [place, place], color=paint, linewidth=2)
+            for end, whole, arrow in ((low, d.low, "<"), (high, d.high, ">")):
+                if end != whole:  # it goes on
+                    axes.plot([end], [place], marker=arrow, markersize=6, color=paint)
         axes.plot([d.mean], [place], marker="o", markersize=5, color=paint)
     axes.axvline(0, color=ink, linewidth=1)
     axes.set_yticks(range(len(rows)), [label_of(row) for row in reversed(rows)])
