@@ -16,7 +16,6 @@ Run: ``python benchmarks/resources.py [--what memory time start] [--steps 12] [-
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -134,8 +133,7 @@ def training(
     from scratchlm.optim import build_optimizers, clip_grad_norm
     from scratchlm.resources.step import CPU
     from scratchlm.train.loss import NextTokenLoss, loss_options
-    from scratchlm.train.precision import autocast
-    from scratchlm.train.working_copy import WorkingCopy
+    from scratchlm.train.working_copy import Computing
 
     device = device or CPU
     config, optim, train = sections(given)
@@ -143,9 +141,9 @@ def training(
         model = Transformer(config, seed=0 if device.type == "cpu" else None)
     model.to(device)  # the tables of angles, which are made on a CPU
     loss = NextTokenLoss(model, **loss_options(train))
-    working = WorkingCopy(model) if train.weights == "bf16" else None
-    if working is not None:
-        loss.use(working.model)
+    computing = Computing(model, given["precision"], train.weights, device)
+    if computing.copy is not None:
+        loss.use(computing.model)
     if given["compile"]:
         loss.compile()
     optimizers = build_optimizers(model, optim)
@@ -154,23 +152,26 @@ def training(
     def step() -> None:
         optimizers.zero_grad()
         for _ in range(train.accumulation):
-            with contextlib.nullcontext() if working else autocast(given["precision"], device):
+            with computing.context():
                 objective = loss(Batch(ids, ids.roll(-1, 1)))
             watch("forward")
             (objective / (ids.numel() * train.accumulation)).backward()
-            if working is not None:
-                working.collect()
+            computing.collect()
             watch("backward")
         clip_grad_norm(list(model.parameters()), 1.0)
         optimizers.step()
-        if working is not None:
-            working.refresh()
+        computing.refresh()
         watch("optimizer")
         loss.after_step()
 
     def standing() -> int:
-        copied = [] if working is None else list(working.model.parameters())
-        tensors = [*model.parameters(), *copied, *model.buffers(), ids, *optimizers.named_state().values()]
+        tensors = [
+            *model.parameters(),
+            *computing.copied(),
+            *model.buffers(),
+            ids,
+            *optimizers.named_state().values(),
+        ]
         tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         tensors += [m.table for m in model.modules() if isinstance(getattr(m, "table", None), torch.Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -13,7 +13,6 @@ What one kernel does inside (fused attention, RMSNorm, fused AdamW) is not seen,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -37,8 +36,8 @@ from scratchlm.model.transformer import Transformer
 from scratchlm.optim import Optimizers, build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.resources.places import Places
 from scratchlm.train.loss import NextTokenLoss, loss_options
-from scratchlm.train.precision import Precision, autocast
-from scratchlm.train.working_copy import WorkingCopy
+from scratchlm.train.precision import Precision
+from scratchlm.train.working_copy import Computing
 
 PHASES = ("forward", "backward", "clipping", "optimizer")
 OUTSIDE = "outside modules"
@@ -261,13 +260,12 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         model = Transformer(config, seed=recipe.seed)
         optimizers = build_optimizers(model, recipe.optim)
         batch = _random_batch(config.vocab_size, sequences, length, recipe)
-        working = WorkingCopy(model) if recipe.train.weights == "bf16" and precision == "bf16" else None
-        computing = model if working is None else working.model
-        places = _Places(computing, OUTSIDE)
-        loss = _WatchedLoss(computing, places=places, **loss_options(recipe.train))
+        computing = Computing(model, precision, recipe.train.weights, torch.device("cpu"))
+        places = _Places(computing.model, OUTSIDE)
+        loss = _WatchedLoss(computing.model, places=places, **loss_options(recipe.train))
         try:
             with _Watcher(places) as watcher:
-                nats = _step(loss, batch, optimizers, recipe, precision, watcher, working)
+                nats = _step(loss, batch, optimizers, recipe, watcher, computing)
         finally:
             places.remove()
     return Audit(
@@ -277,7 +275,7 @@ def audit(recipe: Recipe, precision: Precision = "bf16", *, sequences: int = 2, 
         layers=config.layers,
         of_layers=whole.layers,
         operations=list(watcher.found.values()),
-        held=_held(model, optimizers, computing),
+        held=_held(model, optimizers, computing.model),
     )
 
 
@@ -286,33 +284,29 @@ def _step(
     batch: Batch,
     optimizers: Optimizers,
     recipe: Recipe,
-    precision: Precision,
     watcher: _Watcher,
-    working: WorkingCopy | None,
+    computing: Computing,
 ) -> Tensor:
     """The six moves of :meth:`scratchlm.train.loop.Trainer._step`; returns the objective per token."""
-    device = torch.device("cpu")
     tokens = max(1, int((loss.targets(batch) != IGNORE_INDEX).sum()))
     optimizers.set_lr(lr_multiplier(0, max(1, recipe.train.steps), recipe.optim))
     optimizers.zero_grad()
-    with autocast(precision, device) if working is None else contextlib.nullcontext():
+    with computing.context():
         total = loss(batch)
     mean = total / tokens
     watcher.phase = "backward"
     watcher.places.follow_backward(mean)
     mean.backward()
-    if working is not None:
-        watcher.places.now = "all gradients"
-        working.collect()
+    watcher.places.now = "all gradients"
+    computing.collect()
     watcher.phase, watcher.places.now = "clipping", "all gradients"
     clip_grad_norm(list(optimizers.names.values()), recipe.optim.grad_clip or math.inf)
     watcher.phase = "optimizer"
     for name, optimizer in optimizers.optimizers.items():
         watcher.places.now = name
         optimizer.step()
-    if working is not None:
-        watcher.places.now = "rounded weights"
-        working.refresh()
+    watcher.places.now = "rounded weights"
+    computing.refresh()
     watcher.places.now = "routers"
     loss.after_step()
     return mean.detach()

@@ -24,8 +24,7 @@ from scratchlm.optim import build_optimizers, clip_grad_norm, newton_schulz
 from scratchlm.resources.compiled import compiled as as_compiled
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
-from scratchlm.train.precision import autocast
-from scratchlm.train.working_copy import WorkingCopy
+from scratchlm.train.working_copy import Computing
 
 CPU = torch.device("cpu")
 
@@ -123,7 +122,7 @@ class Traceable:
             for parameter in self.named.values():
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizers.step()  # makes its state
-            self.working = WorkingCopy(self.model) if train.weights == "bf16" else None
+            self.computing = {kind: Computing(self.model, kind, train.weights, CPU) for kind in ("fp32", "bf16")}
 
     def _place(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.real else without_memory()
@@ -158,34 +157,31 @@ class Traceable:
             batch = self.batch(micro_batch, length)
             changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
             train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
-            working = self.working if precision == "bf16" else None
-            computing = self.model if working is None else working.model
-            loss = NextTokenLoss(computing, **loss_options(train))
+            computing = self.computing[precision]
+            loss = NextTokenLoss(computing.model, **loss_options(train))
             vocab, on_cuda = self.config.vocab_size, self.device_type == "cuda"
             loss.rows = cross_entropy.rows_for(vocab, compiled=compiled, device_type=self.device_type)
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
-            tracer = Tracer(computing)
-            self._watch_what_is_there(tracer, batch, computing)
+            tracer = Tracer(computing.model)
+            self._watch_what_is_there(tracer, batch, computing.model)
             watch_gradients(tracer, self.model)
             place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
             with tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
                 tracer.phase = "forward"
-                with contextlib.nullcontext() if working else autocast(precision, CPU):
+                with computing.context():
                     objective = loss(batch)
                 tracer.note_kept()
                 tracer.phase = "backward"
                 (objective / (micro_batch * length)).backward()
-                if working is not None:
-                    watch_gradients(tracer, computing)
-                    working.collect()
+                watch_gradients(tracer, computing.model)
+                computing.collect()
                 watch_gradients(tracer, self.model)
                 if not for_peak:
                     tracer.phase = "optimizer"
                     self._clip()
                     self.optimizers.step()
-                    if working is not None:
-                        working.refresh()
+                    computing.refresh()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
         fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import time
@@ -38,7 +37,6 @@ from scratchlm.train.metrics import MetricsFile
 from scratchlm.train.outcome import Outcome
 from scratchlm.train.precision import (
     Decision,
-    autocast,
     check_fp8,
     choose_compile,
     choose_precision,
@@ -47,7 +45,7 @@ from scratchlm.train.precision import (
 from scratchlm.train.signals import Interrupted, Signals
 from scratchlm.train.step_graph import NotRecorded, StepGraph
 from scratchlm.train.task import Loader, Loss
-from scratchlm.train.working_copy import WorkingCopy
+from scratchlm.train.working_copy import Computing
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Trainer:
     _figures: dict[str, Any] = field(default_factory=dict)
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
-    _working: WorkingCopy | None = None
+    _computing: Computing = field(init=False)
     _graph: StepGraph | None = None
     _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
 
@@ -145,10 +143,10 @@ class Trainer:
             compiling = choose_compile(config.compile, self.device, config.steps)
         self._compute(precision.value, compiling.value)
         self.say(
-            f"training on {self.device.type}: {precision.value}{', weights too' if self._working else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
+            f"training on {self.device.type}: {precision.value}{', weights too' if self._computing.copy else ''}{', products in fp8' if config.fp8 else ''} ({precision.reason}), "
             f"torch.compile {compiling.value} ({compiling.reason})"
         )
-        if config.weights == "bf16" and self._working is None:
+        if config.weights == "bf16" and self._computing.copy is None:
             self.say(f"train.weights = bf16 is for products in bf16: the weights stay fp32 in {precision.value}")
         if self.model.config.idle_router:
             self.say(
@@ -169,14 +167,12 @@ class Trainer:
             UserError: the device has no fp8, which the recipe demands.
         """
         self.state.precision, self.state.compile = precision, compile
-        computing = self.model
-        if self.config.weights == "bf16" and precision == "bf16":
-            self._working = WorkingCopy(self.model)
-            computing = self._working.model
-            self.loss.use(computing)
+        self._computing = Computing(self.model, precision, self.config.weights, self.device)
+        if self._computing.copy is not None:
+            self.loss.use(self._computing.model)
         if self.config.fp8:
             check_fp8(precision, self.device)
-            computing.multiply_in_fp8()
+            self._computing.model.multiply_in_fp8()
         if compile == "on":
             self.loss.compile(self.config.compile_mode)
 
@@ -184,10 +180,6 @@ class Trainer:
         """Go on to the next step without waiting for this one, where the device can leave it out by itself. (A router's biases are moved by the
         host, which has to know.)"""
         self._ahead = self.optimizers.skips_on_device() and not self.model.config.moe.bias_update
-
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
-        """Where the loss is computed: a working copy needs no autocast."""
-        return contextlib.nullcontext() if self._working else autocast(self.state.precision, self.device)
 
     @property
     def _on_gpu(self) -> bool:
@@ -214,8 +206,7 @@ class Trainer:
             return
         with fitting.untouched_generators(self.device):
             state = self.optimizers.named_state().values()
-            copied = [] if self._working is None else list(self._working.model.parameters())
-            weights = [*self.model.parameters(), *self.model.buffers(), *copied]
+            weights = [*self.model.parameters(), *self.model.buffers(), *self._computing.copied()]
             held = fitting.held_bytes([*weights, *state], self.device)
             how = self.state.precision, self.loss.compiled
             size, need = fitting.choose(config, *how, self.device, held, self.plan, self.say)
@@ -231,8 +222,7 @@ class Trainer:
     def _forget_step(self) -> None:
         """Gradients and sums of a step that does not count."""
         self.optimizers.zero_grad()
-        if self._working is not None:
-            self._working.forget()
+        self._computing.forget()
         if self._graph is not None:
             self._graph.forget()
         self.loss.after_step(updated=False)
@@ -319,8 +309,7 @@ class Trainer:
         self.loss.after_step(updates)
         if updates:
             self.optimizers.step(skip=outcome.failed() if self._ahead else None)  # 6
-            if self._working is not None:
-                self._working.refresh()
+            self._computing.refresh()
         return outcome
 
     def _note(self, outcome: Outcome, bar: Any) -> float:
@@ -428,12 +417,11 @@ class Trainer:
     def _one(self, batch: Any, tokens: int | Tensor) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss."""
         self._begins("forward")
-        with self._computing():
+        with self._computing.context():
             loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
         self._begins("backward")
         (loss / tokens).backward()  # 5
-        if self._working is not None:
-            self._working.collect()
+        self._computing.collect()
         return loss.detach()
 
     def _begins(self, phase: str) -> None:

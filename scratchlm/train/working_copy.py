@@ -13,6 +13,7 @@ bytes for each pass over activations. A step that is too small for bf16 is not l
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from scratchlm.model.transformer import Transformer
+from scratchlm.train.precision import autocast
 
 
 class WorkingCopy:
@@ -74,3 +76,46 @@ class WorkingCopy:
     def refresh(self) -> None:
         """Round the masters, which have been updated, into the copy."""
         torch._foreach_copy_(self._copies, self._masters)
+
+
+class Computing:
+    """What a step computes with: the model itself, under autocast if products are in bf16, or a copy of it in bf16, which needs none.
+
+    Args:
+        masters: the model that is trained.
+        precision: ``bf16`` or ``fp32``.
+        weights: as ``train.weights``; in fp32 there is no copy.
+        device: where it is computed.
+
+    Attributes:
+        copy: None, where the model itself is computed with.
+        model: the copy, or the model.
+    """
+
+    def __init__(self, masters: Transformer, precision: str, weights: str, device: torch.device) -> None:
+        self._precision, self._device = precision, device
+        self.copy = WorkingCopy(masters) if (precision, weights) == ("bf16", "bf16") else None
+        self.model = masters if self.copy is None else self.copy.model
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """Where the forward pass is computed."""
+        return autocast(self._precision, self._device) if self.copy is None else contextlib.nullcontext()
+
+    def collect(self) -> None:
+        """After a backward pass: its gradients are the model's."""
+        if self.copy is not None:
+            self.copy.collect()
+
+    def forget(self) -> None:
+        """A backward pass does not count."""
+        if self.copy is not None:
+            self.copy.forget()
+
+    def refresh(self) -> None:
+        """After an update of the model."""
+        if self.copy is not None:
+            self.copy.refresh()
+
+    def copied(self) -> list[Tensor]:
+        """Parameters that there are beside the model's."""
+        return [] if self.copy is None else list(self.copy.model.parameters())

@@ -15,10 +15,11 @@ import pytest
 from test_plan import POST, RESULT, planner
 
 from scratchlm.experiments.comparison import Comparison, as_csv, as_markdown, as_records, compare
-from scratchlm.experiments.pictures import band, rates_figure, sweep_figure
+from scratchlm.experiments.pictures import band, differences_figure, rates_figure, sweep_figure
 from scratchlm.experiments.plan import Choice, Planner, Trial
 from scratchlm.experiments.report import render_report, write_pictures
 from scratchlm.experiments.results import Failure, Result, count_spikes, curve_of, load_outcome
+from scratchlm.experiments.statistics import Difference
 
 LOSSES = {"base": [3.00, 3.02, 3.01], "post": [2.90, 2.92, 2.905]}
 
@@ -209,6 +210,20 @@ def test_the_report_needs_nothing_but_itself_and_shows_all_of_it(small: Path) ->
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
     write_pictures(judged(made, lambda t: None), made.plan(lambda t: None), lambda t: None, folder)
     assert [path.name for path in folder.iterdir()] == ["batches.png"]  # drawn from curves, which are still there
+
+
+def test_an_interval_is_drawn_whole_or_its_cut_is_marked(small: Path) -> None:
+    found = judged(planner(small, f"seeds = 3\n{POST}"), by_losses)
+    base, post = found.rows
+    narrow = [replace(post, variant=f"v{n}", difference=Difference(0.001 * n, -0.04, 0.05, 3)) for n in range(3)]
+    wild = replace(post, variant="wild", difference=Difference(0.01, -5.0, 0.02, 3))
+    figure = differences_figure(replace(found, rows=(base, *narrow, wild)))
+    assert figure is not None
+    lines = figure.axes[0].lines
+    drawn = [list(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"]
+    assert drawn.count([-0.04, 0.05]) == 3
+    cut = [line for line in lines if line.get_marker() in ("<", ">")]
+    assert [line.get_marker() for line in cut] == ["<"] and -1 < cut[0].get_xdata()[0] < -0.1
 
 
 def test_a_rate_at_which_a_variant_breaks_is_a_cross() -> None:

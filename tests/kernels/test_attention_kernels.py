@@ -269,7 +269,9 @@ def test_keys_and_values_of_different_widths_reach_the_fused_kernel(
     torch.testing.assert_close(found, reference_attention(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("visible", [None, seen(torch.ones(9, 9).tril(-1).bool() | torch.eye(9).bool())], ids=["causal", "mask"])
+@pytest.mark.parametrize(
+    "visible", [None, seen(torch.ones(9, 9).tril(-1).bool() | torch.eye(9).bool())], ids=["causal", "mask"]
+)
 def test_where_torch_does_not_share_keys_they_are_repeated(
     visible: Visibility | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +282,9 @@ def test_where_torch_does_not_share_keys_they_are_repeated(
         F, "scaled_dot_product_attention", lambda q, k, v, **o: heads.append(k.shape[-3]) or real(q, k, v, **o)
     )
     q, k, v = drawn(9, kv_heads=2)
-    torch.testing.assert_close(sdpa_attention(q, k, v, visible), reference_attention(q, k, v, visible), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sdpa_attention(q, k, v, visible), reference_attention(q, k, v, visible), rtol=1e-5, atol=1e-6
+    )
     sdpa_attention(q[..., -1:, :], k, v)
     assert heads == [q.shape[-3], 2]  # one query needs no copies
 

@@ -106,7 +106,9 @@ def test_shared_keys_are_repeated_in_fp32_alone() -> None:
             first = [s for s in memory.storages if s.kind == "activations" and s.module == "blocks.0.attention"]
             kept[precision, device] = sorted(s.size for s in first)
     numbers = 4 * 4 * 128 * 64
-    assert kept["fp32", "cuda"].count(numbers) == kept["fp32", "cpu"].count(numbers) + 2  # keys and values of every head
+    assert (
+        kept["fp32", "cuda"].count(numbers) == kept["fp32", "cpu"].count(numbers) + 2
+    )  # keys and values of every head
     assert kept["bf16", "cuda"] == kept["bf16", "cpu"]
 
 

@@ -71,8 +71,8 @@ def test_steps_too_small_for_bf16_are_not_lost(tmp_path: Path) -> None:
     run = trained(tmp_path, 4, model, optim=optim)
     moved = [bool((a != b).any()) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert all(moved)
-    assert run._working is not None
-    for master, rounded in zip(model.parameters(), run._working.model.parameters(), strict=True):
+    assert run._computing.copy is not None
+    for master, rounded in zip(model.parameters(), run._computing.model.parameters(), strict=True):
         assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, master.bfloat16())
 
 
@@ -132,7 +132,7 @@ def test_products_in_fp8_are_those_of_the_computing_model(
     said: list[str] = []
     run = trained(tmp_path, 2, train={"weights": weights, "fp8": True}, said=said, loader=RandomBatches(4))
     assert "products in fp8" in said[0]
-    computing = run.model if run._working is None else run._working.model
+    computing = run._computing.model
     assert all(module.fp8 for block in computing.blocks for module in block.modules() if hasattr(module, "fp8"))
     assert run.model.blocks[0].feedforward.gate_up.fp8 == (weights == "fp32")
     other = trained(tmp_path / "without", 2, train={"weights": weights}, loader=RandomBatches(4))
