@@ -91,7 +91,7 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
         return value
 
     row(
-        "first encode ever, nothing compiled, whole process",
+        "first encode ever (4 MB), nothing compiled, whole process",
         "seconds",
         seconds("encode 4 MB, nothing compiled"),
         5,

@@ -175,7 +175,10 @@ class ModelConfig(Section):
     )
 
     # output
-    tied_embeddings: bool = Field(default=False, description="Output projection shares the embedding's weights.")
+    tied_embeddings: bool = Field(
+        default=False,
+        description="Output projection shares the embedding's weights; trained from scratch, it learns faster with embedding_scale = sqrt_d_model.",
+    )
     head_bias: bool = Field(default=False, description="A bias on the logits, also with tied embeddings (GPT-J).")
     embedding_scale: Annotated[float, Field(gt=0, le=1e6)] | Literal["sqrt_d_model"] = Field(
         default=1.0, description="Embeddings times this; sqrt_d_model in the first Transformer and Gemma."

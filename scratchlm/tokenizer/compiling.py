@@ -33,6 +33,13 @@ def compiling(what: str) -> Iterator[None]:
         timer.cancel()
 
 
+def kept(kernel: Any) -> bool:
+    """Whether a function that Numba compiles lies on disk, or at least did for an earlier version or another processor."""
+    folder = getattr(kernel.stats, "cache_path", None)
+    name = f"{kernel.__module__.rpartition('.')[2]}.*{kernel.__name__}"  # between them, if any, the function that it was made in
+    return folder is not None and any(Path(folder).glob(f"{name}-*.nbi"))
+
+
 def announce(first: Any, work: str, show: bool) -> None:
     """Say so if a kernel has to be compiled: nobody should watch a bar stand still without knowing why.
 
@@ -41,9 +48,7 @@ def announce(first: Any, work: str, show: bool) -> None:
         work: what they do, as in ``"the merge loop"``.
         show: False: be silent.
     """
-    folder = getattr(first.stats, "cache_path", None)
-    kept = folder and any(Path(folder).glob(f"{first.__module__.rpartition('.')[2]}.{first.__name__}-*.nbi"))
-    if show and not first.signatures and not kept:
+    if show and not first.signatures and not kept(first):
         tqdm.write(f"compiling {work}: a few seconds, once per machine", file=sys.stderr)
 
 

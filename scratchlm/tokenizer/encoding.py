@@ -4,12 +4,14 @@
     anything longer  bytes ──scanner──► spans ──word table──► ids    `fast_encoder`: compiled, a hundred times as fast
 
 Both give the same ids. The compiled road costs half a second of imports once per process (and some seconds of compiling once
-per machine), so it is taken when a text, or all texts so far, are worth it.
+per machine), so it is taken when a text, or all texts so far, are worth it: while nothing is compiled on this machine yet, when plain Python
+would take about as long for them as compiling does.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +39,9 @@ _SMALL = 1 << 10
 # … and, as long as the compiled road has not been needed, these: one text, and all texts together.
 _FIRST = 1 << 16
 _FIRST_TOTAL = 1 << 19
+# … and, where the compiled road would first have to be compiled, all texts together, as long as they have not taken this many seconds.
+_FIRST_EVER = 1 << 24
+_PATIENCE = 4.0
 # encode_batch: text for each thread below which it is not worth starting.
 _WORTH_THREAD = 1 << 18
 # Long texts go the plain road in parts about this long (characters): pre-tokens never all exist at once, and
@@ -89,6 +94,7 @@ class TextEncoder:
         # Ids and ranks must fit a row of `merge_table`.
         self._can_compile = len(ranks) < 1 << 22 and vocab_size <= 1 << 21
         self._seen = 0
+        self._patience = _PATIENCE
 
     @property
     def releases_lock(self) -> bool:
@@ -112,7 +118,7 @@ class TextEncoder:
     def _ready(self, text: Text, forbidden: SpecialSplitter | None) -> Text:
         """`text` without lone surrogates and forbidden special tokens; a long str may have become its UTF-8."""
         if isinstance(text, str) and len(text) > _FIRST and not forbidden and self._normalizer is None:
-            return utf8(text, self._fast.buffers) if self._can_compile else _checked(text)
+            return utf8(text, self._fast.buffers) if self._compiled_for(len(text)) else _checked(text)
         text = _checked(text)
         _refuse(forbidden, text)
         return text
@@ -121,7 +127,9 @@ class TextEncoder:
         if not self._normal(text):
             return self._encode_normalised(_as_str(text), specials)
         if not self._worth_compiling(len(text)):
-            return self._plain(_as_str(text), specials)
+            many = len(text) > _FIRST or self._seen > _FIRST_TOTAL
+            road = self._at_first if many and len(text) > _SMALL and self._can_compile else self._plain
+            return road(_as_str(text), specials)
         data = utf8(text)
         return self._fast.encode(data, specials.search.regions(data, 0, len(data)), threads)
 
@@ -136,21 +144,53 @@ class TextEncoder:
             if index % 2:
                 yield self._dtype(self._special_tokens[part]).tobytes()
                 continue
-            start = 0
-            while (
-                len(part) - start > 2 * _PART and (cut := self._pattern.safe_cut(part, start + _PART)) is not None
-            ):
-                yield b"".join(map(look_up, self._pattern.split(part[start:cut])))
-                start = cut
-            yield b"".join(map(look_up, self._pattern.split(part[start:] if start else part)))
+            for start, stop in self._pieces(part):
+                yield b"".join(map(look_up, self._pattern.split(part[start:stop])))
+
+    def _pieces(self, part: str) -> Iterator[tuple[int, int]]:
+        """Where `part` may be cut into pieces of about `_PART`."""
+        start = 0
+        while len(part) - start > 2 * _PART and (cut := self._pattern.safe_cut(part, start + _PART)) is not None:
+            yield start, cut
+            start = cut
+        yield start, len(part)
+
+    def _at_first(self, text: str, specials: _Specials) -> np.ndarray:
+        """The plain road while that takes less than compiling would; then the rest of `text`, and all texts to come, on the compiled one."""
+        look_up = self._words.__getitem__
+        found = [np.empty(0, self._dtype)]
+        for index, part in enumerate(specials.splitter.split(text)):
+            if index % 2:
+                found.append(np.array([self._special_tokens[part]], self._dtype))
+                continue
+            for start, stop in self._pieces(part):
+                if self._patience <= 0 or stop - start > 4 * _PART:  # what cannot be cut may be one long word
+                    rest = part[start:].encode("utf-8", "surrogateescape")
+                    found.append(self._fast.encode(rest, [(0, len(rest), -1)]))
+                    break
+                began = time.perf_counter()
+                ids = b"".join(map(look_up, self._pattern.split(part[start:stop])))
+                found.append(np.frombuffer(ids, self._dtype))
+                self._patience -= time.perf_counter() - began
+        return np.concatenate(found)
 
     def _worth_compiling(self, size: int) -> bool:
+        """Whether a text of `size` takes the compiled road. It is counted: ask once for each."""
+        found = self._compiled_for(size)
+        if self._fast_encoder is None and size > _SMALL:
+            self._seen += size
+        return found
+
+    def _compiled_for(self, size: int) -> bool:
+        """The same; it is not counted."""
         if size <= _SMALL or not self._can_compile:
             return False
-        if self._fast_encoder is None:
-            self._seen += size
-            return size > _FIRST or self._seen > _FIRST_TOTAL
-        return True
+        if self._fast_encoder is not None:
+            return True
+        total = self._seen + size
+        if size <= _FIRST and total <= _FIRST_TOTAL:
+            return False
+        return total > _FIRST_EVER or _compiled_before()
 
     @property
     def _fast(self) -> FastEncoder:
@@ -362,3 +402,11 @@ def _watched(chunks: Iterable[str], forbidden: SpecialSplitter | None) -> Iterat
             tail = (tail + chunk)[-(forbidden.longest - 1) :] if forbidden.longest > 1 else ""
         seen += len(chunk)
         yield chunk
+
+
+def _compiled_before() -> bool:
+    """Whether the encoder was compiled on this machine, as far as one can tell without loading it."""
+    from scratchlm.tokenizer.compiling import kept
+    from scratchlm.tokenizer.word_table import encode_spans
+
+    return kept(encode_spans)

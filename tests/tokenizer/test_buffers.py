@@ -76,6 +76,7 @@ def test_results_stay_what_they_are(monkeypatch, threads):
     """Arrays kept from earlier calls, beside calls whose memory comes from those given back."""
     monkeypatch.setattr(encoding, "_SMALL", -1)
     monkeypatch.setattr(encoding, "_FIRST", -1)
+    monkeypatch.setattr(encoding, "_FIRST_EVER", -1)
     monkeypatch.setattr(encoding, "_WORTH_THREAD", 1)
     monkeypatch.setattr(fast_encoder, "HUGE", 1)
     monkeypatch.setattr(fast_encoder, "PIECE", 1 << 10)

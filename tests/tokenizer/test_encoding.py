@@ -419,3 +419,76 @@ def test_documents_are_encoded_each_for_itself_and_followed_by_the_separator(pat
     assert ids.dtype == tokenizer.dtype
     none, no_counts = tokenizer.encode_documents(b"", np.zeros(0, np.int64), separator)
     assert len(none) == len(no_counts) == 0
+
+
+# ------------------------------------------------------------------ the first time on a machine
+
+
+@pytest.fixture
+def never_compiled(monkeypatch):
+    monkeypatch.setattr(encoding_module, "_compiled_before", lambda: False)
+
+
+def fresh() -> Tokenizer:
+    made = oracle.trained()
+    return Tokenizer(made.vocab, made.merges, [oracle.EOT])
+
+
+LONG = (oracle.TEXT + "é漢 " + oracle.EOT + "it's \U0001f600\n") * 20
+
+
+def wanted(text: str) -> list[int]:
+    tokenizer = fresh()
+    return tokenizer._encoder._plain(text, tokenizer._encoder.special_choice("all", ())[0]).tolist()
+
+
+def test_what_plain_python_does_sooner_is_not_compiled(never_compiled, monkeypatch):
+    monkeypatch.setattr(encoding_module, "_FIRST", 1 << 10)
+    tokenizer = fresh()
+    for text in (LONG, LONG.encode(), LONG[: 1 << 10]):
+        assert tokenizer.encode_array(text, allowed_special="all").tolist() == wanted(
+            text if isinstance(text, str) else text.decode()
+        )
+    assert tokenizer.count_tokens(LONG, allowed_special="all") == len(wanted(LONG))
+    [one] = tokenizer.encode_batch([LONG], allowed_special="all")
+    assert list(one) == wanted(LONG)
+    assert tokenizer._encoder._fast_encoder is None
+
+
+@pytest.mark.parametrize("limit", ["_PATIENCE", "_FIRST_EVER", "_PART"])
+def test_when_it_takes_long_the_rest_is_compiled(never_compiled, monkeypatch, limit):
+    """Too much time, too much text, or a word that may be long: the ids are the same."""
+    monkeypatch.setattr(encoding_module, "_FIRST", 1 << 10)
+    monkeypatch.setattr(encoding_module, "_PART", 256)
+    text = LONG + "a" * 2000 * (limit == "_PART") + LONG
+    if limit != "_PART":
+        monkeypatch.setattr(encoding_module, limit, 1e-4 if limit == "_PATIENCE" else len(text) - 1)
+    tokenizer = fresh()
+    ids = tokenizer.encode_array(text, allowed_special="all")
+    assert ids.tolist() == wanted(text) and ids.dtype == tokenizer.encode_array("").dtype
+    assert tokenizer._encoder._fast_encoder is not None
+    assert ids.flags.writeable
+
+
+def test_bytes_that_are_no_text_stay_what_they_are(never_compiled, monkeypatch):
+    monkeypatch.setattr(encoding_module, "_FIRST", 1 << 10)
+    monkeypatch.setattr(encoding_module, "_PART", 256)
+    data = b"\xff\xfe and \xc3( so on " * 300
+    for patience in (4.0, 1e-4):
+        monkeypatch.setattr(encoding_module, "_PATIENCE", patience)
+        tokenizer = fresh()
+        assert tokenizer.decode_bytes(tokenizer.encode_array(data)) == data
+        assert (tokenizer._encoder._fast_encoder is None) == (patience == 4.0)
+
+
+def test_where_it_was_compiled_before_it_is_used(monkeypatch):
+    monkeypatch.setattr(encoding_module, "_FIRST", 1 << 10)
+    monkeypatch.setattr(encoding_module, "_compiled_before", lambda: True)
+    tokenizer = fresh()
+    assert tokenizer.encode_array(LONG, allowed_special="all").tolist() == wanted(LONG)
+    assert tokenizer._encoder._fast_encoder is not None
+
+
+def test_what_was_compiled_is_found_on_disk():
+    fresh()._encoder._fast  # noqa: B018 (compiles)
+    assert encoding_module._compiled_before()

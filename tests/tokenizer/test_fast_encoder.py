@@ -28,6 +28,7 @@ def _always_compiled(monkeypatch):
     monkeypatch.setattr(encoding, "_SMALL", -1)
     monkeypatch.setattr(regions, "_SHORT", 20)
     monkeypatch.setattr(encoding, "_FIRST", -1)
+    monkeypatch.setattr(encoding, "_FIRST_EVER", -1)
     monkeypatch.setattr(encoding, "_WORTH_THREAD", 1)
     monkeypatch.setattr(decoder, "_FEW", -1)
     monkeypatch.setattr(decoder, "_FIRST", -1)
