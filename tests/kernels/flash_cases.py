@@ -115,11 +115,17 @@ def exact(case: Case, dtype: torch.dtype) -> Answer:
 
 
 def largest_error(found: Answer, right: Answer) -> float:
-    """The largest difference in output and gradients, each relative to the largest entry of its tensor, 0.1 at least."""
-    worst = 0.0
+    """The largest difference in output and gradients, each relative to the largest entry of its tensor, 0.1 at least.
+
+    Where larger numbers cancel, it is relative to those: to one in a gradient that is zero as it stands (dP less its row's D, when a query reads one
+    key), to √width / 4 in the sinks', which add up D = Σ dO O over the width and over all queries.
+    """
+    worst, width = 0.0, right.out.shape[-1]
     for ours, theirs in zip(found, right, strict=True):
         assert ours.shape == theirs.shape
-        size = theirs.abs().max().clamp(min=0.1)  # a gradient that is zero has no size
+        largest = float(theirs.abs().max())
+        least = max(1.0, width**0.5 / 4) if theirs.ndim == 1 else 1.0 if largest < 1e-9 else 0.1
+        size = max(largest, least)
         difference = (ours.double().cpu() - theirs).abs().max() / size
         worst = max(worst, float("inf") if difference.isnan() else float(difference))
     return worst
