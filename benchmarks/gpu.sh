@@ -22,6 +22,10 @@ WANTED=" ${*:-tests memory train attention big-train grid time} "
 mkdir -p "$OUT"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
 
+# In MiB; where it is not told, little is assumed.
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | grep -oE '^[0-9]+' | head -1)
+roomy() { [ "${memory:-0}" -ge 100000 ]; }
+
 wanted() { [[ $WANTED == *" $1 "* ]]; }
 note() { echo "$1 $2 $3" >>"$OUT/steps.txt"; } # name, exit status, seconds
 step() {                                        # name, limit in seconds, command …
@@ -72,8 +76,16 @@ measured() { # when all of them are warm and nothing else runs, one after the ot
     others=()
 }
 
-wanted train && train train-124M --shapes 124M --rounds 5 --steps 8 \
-    --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
+wanted train && {
+    if roomy; then # five contenders hold 90 GB
+        train train-124M --shapes 124M --rounds 5 --steps 8 \
+            --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
+    else
+        train train-124M-transformers --shapes 124M --rounds 5 --steps 8 --contenders scratchlm-bf16 transformers-compiled nanogpt-patched
+        measured
+        train train-124M --shapes 124M --rounds 5 --steps 8 --contenders scratchlm scratchlm-bf16 litgpt
+    fi
+}
 wanted memory && beside memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 140 --out "$OUT/resources"
 wanted tests && {
     parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
@@ -94,8 +106,7 @@ wanted attention && step attention 75 "$PYTHON" benchmarks/attention.py --device
 
 wanted big-train && {
     train train-350M --shapes 350M --rounds 4 --steps 6 --contenders scratchlm-bf16 transformers-compiled litgpt
-    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)
-    if [ "${memory:-0}" -lt 100000 ]; then # 80 GB hold two contenders of 1B at a time
+    if ! roomy; then # 80 GB hold two contenders of 1B at a time
         measured
         for peer in transformers-compiled litgpt; do
             train "train-1B-$peer" --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 "$peer"
@@ -105,7 +116,7 @@ wanted big-train && {
 }
 wanted larger && beside larger 210 "$PYTHON" benchmarks/lecture3.py larger --jobs 8 --work "$OUT/lecture3-work" --out "$OUT/lecture3"
 measured
-wanted big-train && [ "${memory:-0}" -ge 100000 ] && {
+wanted big-train && roomy && {
     train train-1B --shapes 1B --rounds 4 --steps 4 --contenders scratchlm-bf16 transformers-compiled litgpt
     measured
 }

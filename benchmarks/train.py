@@ -54,7 +54,7 @@ SHAPES = {
     "18M": Shape(512, 4, 16),
     "31M": Shape(512, 8, 8),
     "64M": Shape(768, 8, 4),
-    # For a GPU, with GPT-2's vocabulary. The batches are what all contenders hold side by side in 140 GB, or half of them in 80.
+    # For a GPU, with GPT-2's vocabulary. The batches are what all contenders hold side by side in 140 GB; in 80, two or three (gpu.sh).
     "124M": Shape(768, 12, 32, 1024, 50_304, device="cuda"),
     "350M": Shape(1024, 24, 16, 1024, 50_304, device="cuda"),
     "1B": Shape(2048, 18, 8, 2048, 50_304, 128, device="cuda"),

@@ -424,7 +424,7 @@ class Recipe(Section):
             raise ValueError(
                 "train.fp8 = true with train.precision = fp32: set precision = bf16 (or auto), or leave fp8 out"
             )
-        if train.cuda_graph and train.compile_mode.endswith("cuda_graphs"):
+        if train.cuda_graph and train.compile != "off" and train.compile_mode.endswith("cuda_graphs"):
             raise ValueError(
                 f"train.cuda_graph = true with train.compile_mode = {train.compile_mode}: one of them records the step; leave the other out"
             )

@@ -36,8 +36,9 @@ def compiling(what: str) -> Iterator[None]:
 def kept(kernel: Any) -> bool:
     """Whether a function that Numba compiles lies on disk, or at least did for an earlier version or another processor."""
     folder = getattr(kernel.stats, "cache_path", None)
-    name = f"{kernel.__module__.rpartition('.')[2]}.*{kernel.__name__}"  # between them, if any, the function that it was made in
-    return folder is not None and any(Path(folder).glob(f"{name}-*.nbi"))
+    module, name = kernel.__module__.rpartition(".")[2], kernel.__name__
+    made = f"{module}.{name}-*.nbi", f"{module}.*.{name}-*.nbi"  # by itself, or in another function
+    return folder is not None and any(True for pattern in made for _ in Path(folder).glob(pattern))
 
 
 def announce(first: Any, work: str, show: bool) -> None:

@@ -93,8 +93,7 @@ class TextEncoder:
         self._scanned = scanner_for(pattern.text) is not None
         # Ids and ranks must fit a row of `merge_table`.
         self._can_compile = len(ranks) < 1 << 22 and vocab_size <= 1 << 21
-        self._seen = 0
-        self._patience = _PATIENCE
+        self._at_work = _FirstTime()
 
     @property
     def releases_lock(self) -> bool:
@@ -110,7 +109,7 @@ class TextEncoder:
     def count_tokens(self, text: Text, allowed: Allowed, disallowed: Allowed) -> int:
         specials, forbidden = self.special_choice(allowed, disallowed)
         text = self._ready(text, forbidden)
-        if not self._worth_compiling(len(text)) or not self._normal(text):
+        if not self._compiled_for(len(text)) or not self._normal(text):
             return len(self._encode(text, specials))
         data = utf8(text)
         return self._fast.count(data, specials.search.regions(data, 0, len(data)))
@@ -123,13 +122,16 @@ class TextEncoder:
         _refuse(forbidden, text)
         return text
 
-    def _encode(self, text: Text, specials: _Specials, threads: int = 1) -> np.ndarray:
+    def _encode(self, text: Text, specials: _Specials, threads: int = 1, counted: bool = False) -> np.ndarray:
         if not self._normal(text):
             return self._encode_normalised(_as_str(text), specials)
-        if not self._worth_compiling(len(text)):
-            many = len(text) > _FIRST or self._seen > _FIRST_TOTAL
-            road = self._at_first if many and len(text) > _SMALL and self._can_compile else self._plain
-            return road(_as_str(text), specials)
+        compiled = self._compiled_for(len(text))
+        if not counted:
+            self._count(len(text))
+        if not compiled:
+            much = len(text) > _FIRST or self._at_work.seen > _FIRST_TOTAL
+            first = much and self._can_compile and self._fast_encoder is None
+            return (self._at_first if first else self._plain)(_as_str(text), specials)
         data = utf8(text)
         return self._fast.encode(data, specials.search.regions(data, 0, len(data)), threads)
 
@@ -157,40 +159,37 @@ class TextEncoder:
 
     def _at_first(self, text: str, specials: _Specials) -> np.ndarray:
         """The plain road while that takes less than compiling would; then the rest of `text`, and all texts to come, on the compiled one."""
-        look_up = self._words.__getitem__
-        found = [np.empty(0, self._dtype)]
+        look_up, at_work = self._words.__getitem__, self._at_work
+        found, at = [np.empty(0, self._dtype)], 0
         for index, part in enumerate(specials.splitter.split(text)):
             if index % 2:
                 found.append(np.array([self._special_tokens[part]], self._dtype))
-                continue
-            for start, stop in self._pieces(part):
-                if self._patience <= 0 or stop - start > 4 * _PART:  # what cannot be cut may be one long word
-                    rest = part[start:].encode("utf-8", "surrogateescape")
-                    found.append(self._fast.encode(rest, [(0, len(rest), -1)]))
-                    break
+            for start, stop in self._pieces(part) if part and not index % 2 else ():
+                if at_work.patience <= 0 or stop - start > 4 * _PART:  # what cannot be cut may be one long word
+                    rest = text[at + start :].encode("utf-8", "surrogateescape")
+                    found.append(self._fast.encode(rest, specials.search.regions(rest, 0, len(rest))))
+                    return np.concatenate(found)
                 began = time.perf_counter()
                 ids = b"".join(map(look_up, self._pattern.split(part[start:stop])))
                 found.append(np.frombuffer(ids, self._dtype))
-                self._patience -= time.perf_counter() - began
+                at_work.patience -= time.perf_counter() - began
+            at += len(part)
         return np.concatenate(found)
 
-    def _worth_compiling(self, size: int) -> bool:
-        """Whether a text of `size` takes the compiled road. It is counted: ask once for each."""
-        found = self._compiled_for(size)
-        if self._fast_encoder is None and size > _SMALL:
-            self._seen += size
-        return found
-
     def _compiled_for(self, size: int) -> bool:
-        """The same; it is not counted."""
+        """Whether a text of `size` takes the compiled road."""
         if size <= _SMALL or not self._can_compile:
             return False
         if self._fast_encoder is not None:
             return True
-        total = self._seen + size
+        total = self._at_work.seen + size
         if size <= _FIRST and total <= _FIRST_TOTAL:
             return False
         return total > _FIRST_EVER or _compiled_before()
+
+    def _count(self, size: int) -> None:
+        if self._fast_encoder is None and size > _SMALL:
+            self._at_work.seen += size
 
     @property
     def _fast(self) -> FastEncoder:
@@ -288,9 +287,23 @@ class TextEncoder:
             for text in given:
                 _refuse(forbidden, _checked(text))
         total = sum(map(len, given))
-        if self._normalizer is not None or not self._worth_compiling(total):
-            return [self._encode(text, specials) for text in map(_checked, given)]
-        threads = max(1, min(threads or cores(), total // _WORTH_THREAD))
+        if self._normalizer is None:
+            compiled = self._compiled_for(total)
+            self._count(total)
+            if compiled:
+                return self._many(given, specials, threads)
+        found: list[np.ndarray] = []
+        before = self._fast_encoder
+        for number, text in enumerate(given):
+            if (
+                self._normalizer is None and before is None and self._fast_encoder is not None
+            ):  # plain Python took too long
+                return found + self._many(given[number:], specials, threads)
+            found.append(self._encode(_checked(text), specials, counted=self._normalizer is None))
+        return found
+
+    def _many(self, given: list[Text], specials: _Specials, threads: int | None) -> list[np.ndarray]:
+        threads = max(1, min(threads or cores(), sum(map(len, given)) // _WORTH_THREAD))
         raw = [text if type(text) is bytes else utf8(text) for text in given]
         return self._fast.encode_many(raw, specials.search, threads)
 
@@ -337,6 +350,14 @@ def named_specials(names: Allowed, argument: str, special_tokens: dict[str, int]
     for name in chosen - set(special_tokens):
         raise UserError(f"{argument}: {name!r} is not a special token; there are {sorted(special_tokens)}")
     return chosen
+
+
+class _FirstTime:
+    """What plain Python has done, and for how many seconds more it may, while nothing is compiled; one for an encoder and its copies."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.patience = _PATIENCE
 
 
 class _Specials:

@@ -92,6 +92,7 @@ class Trainer:
     _live: Live = field(default_factory=Live)
     _computing: Computing = field(init=False)
     _graph: StepGraph | None = None
+    _told_of_parts: bool = False
     _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
 
     def fit(self) -> Progress:
@@ -399,11 +400,13 @@ class Trainer:
         Each part is divided by all of the step's tokens, so that accumulation equals the big batch exactly.
         """
         self.optimizers.zero_grad()  # 2
-        if self._graph is not None and len(micro_batches) > 1:
-            self.say("train.cuda_graph records a batch computed at once, not micro-batches: going on without")
-            self._graph = None
-        if self._graph is not None:
+        if self._graph is not None and len(micro_batches) == 1:
             return self._graph(micro_batches[0].to(self.device), tokens)
+        if self._graph is not None and not self._told_of_parts:
+            self._told_of_parts = True
+            self.say(
+                "train.cuda_graph records batches that are computed at once: this one, in micro-batches, goes without"
+            )
         if self.loss.replayed and len(micro_batches) > 1:
             # Else a gradient would be the graph's own memory, which the next part writes over.
             for parameter in self.parameters:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scratchlm.errors import UserError
 from scratchlm.train.fitting import is_out_of_memory, untouched_generators
 from scratchlm.train.task import Loss
 
@@ -33,15 +34,38 @@ Replay = Callable[[], None]
 
 
 class NotRecorded(RuntimeError):
-    """A pass that does something which cannot be recorded, such as waiting for the device."""
+    """A pass waits for the device, which cannot be recorded."""
 
 
 def record(run: Run, device: torch.device) -> Replay:
     """Record what `run` launches on a GPU, without doing it; the result does it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # The stream of now is entered, too: where a recording fails, torch leaves its own as the current one.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+@contextlib.contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Inside, whatever waits for the GPU raises: after a recording that fails, generator and allocator are not what they were, so it must not begin.
+
+    Raises:
+        NotRecorded: something did.
+    """
+    if device.type != "cuda":  # a test's stand-in
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        raise NotRecorded("the step waits for the GPU, and cannot be recorded as a CUDA graph") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class StepGraph:
@@ -85,6 +109,7 @@ class StepGraph:
 
         Raises:
             NotRecorded: the pass cannot be; computed as usual it can.
+            UserError: it failed while it was recorded.
         """
         if self._replay is None or _shape(batch) != _shape(self._batch):
             self.forget()
@@ -120,15 +145,18 @@ class StepGraph:
             if is_out_of_memory(error) or not isinstance(error, RuntimeError):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise NotRecorded(f"the step cannot be recorded as a CUDA graph ({reason})") from error
+            raise UserError(
+                f"the step cannot be recorded as a CUDA graph ({reason}): leave train.cuda_graph out; the same command then goes on from the last checkpoint"
+            ) from error
         self._beside = self._loss.beside()
 
     def _warm_up(self) -> None:
         """As torch asks for it: on a stream that is not the one of before."""
         with _side_stream(self._device):
-            for _ in range(WARM_UP):
+            for number in range(1, WARM_UP + 1):
                 self._drop()
-                self._gradients(self._batch, self._tokens)
+                with no_waiting(self._device) if number == WARM_UP else contextlib.nullcontext():
+                    self._gradients(self._batch, self._tokens)
 
     def _drop(self) -> None:
         for parameter in self._parameters:

@@ -492,3 +492,29 @@ def test_where_it_was_compiled_before_it_is_used(monkeypatch):
 def test_what_was_compiled_is_found_on_disk():
     fresh()._encoder._fast  # noqa: B018 (compiles)
     assert encoding_module._compiled_before()
+
+
+def test_many_texts_are_no_way_around_the_limit(never_compiled, monkeypatch):
+    """Short ones, too, end on the compiled road when plain Python has taken too long; each is counted once."""
+    monkeypatch.setattr(encoding_module, "_SMALL", 1 << 10)
+    monkeypatch.setattr(encoding_module, "_FIRST", 1 << 11)
+    monkeypatch.setattr(encoding_module, "_FIRST_TOTAL", 1 << 11)
+    texts = [LONG[start : start + 500] for start in range(0, 10_000, 500)]
+    right = [wanted(text) for text in texts]
+    patient = fresh()
+    assert [one.tolist() for one in patient.encode_batch(texts, allowed_special="all")] == right
+    assert patient._encoder._fast_encoder is None and patient._encoder._at_work.seen == sum(map(len, texts))
+    monkeypatch.setattr(encoding_module, "_PATIENCE", 1e-5)
+    hasty = fresh()
+    assert [one.tolist() for one in hasty.encode_batch(texts, allowed_special="all")] == right
+    assert hasty._encoder._fast_encoder is not None
+    counted = fresh()
+    counted.count_tokens(LONG, allowed_special="all")
+    assert counted._encoder._at_work.seen == len(LONG)
+
+
+def test_a_normal_form_has_no_budget_of_its_own(never_compiled, monkeypatch):
+    made = oracle.trained()
+    tokenizer = Tokenizer(made.vocab, made.merges, [oracle.EOT], normalizer="NFC")
+    encoder = tokenizer._encoder
+    assert encoder._without_normalizer._at_work is encoder._at_work

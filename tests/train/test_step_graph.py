@@ -5,7 +5,8 @@ Where there is no GPU, a stand-in records: it computes the pass again at every r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scratchlm.model import ModelConfig, Transformer
 from scratchlm.section import validate
 from scratchlm.train import fitting, step_graph
 from scratchlm.train.loop import Trainer
+from scratchlm.train.loss import NextTokenLoss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -157,22 +159,61 @@ def test_a_batch_of_another_shape_is_recorded_anew(tmp_path: Path, stand_in: Sta
     assert (stand_in.recordings, stand_in.replays) == (2, 6)
 
 
-def test_what_cannot_be_recorded_is_computed_as_usual(
+def test_what_waits_for_the_gpu_is_computed_as_usual(
     tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: StandIn, run: Any, device: torch.device) -> Any:
-        run()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+    """Seen before anything is recorded; with dropout, so that a generator that is not what it was would show."""
+    if DEVICE.type == "cuda":
+        real = NextTokenLoss.targets
+        monkeypatch.setattr(
+            NextTokenLoss, "targets", lambda self, batch: [real(self, batch), batch.inputs.sum().item()][0]
+        )
+    else:
 
-    monkeypatch.setattr(StandIn, "__call__", refuse)
+        @contextlib.contextmanager
+        def refuse(device: torch.device) -> Iterator[None]:
+            yield
+            raise step_graph.NotRecorded("the step waits for the GPU, and cannot be recorded as a CUDA graph")
+
+        monkeypatch.setattr(step_graph, "no_waiting", refuse)
     said: list[str] = []
     model = MODEL.model_copy(update={"residual_dropout": 0.3})
     recorded = run_of(tmp_path / "recorded", True, model, said=said)
     same(run_of(tmp_path / "plain", False, model), recorded)
     assert [line for line in said if "CUDA graph" in line] == [
-        "the step cannot be recorded as a CUDA graph (CUDA error: operation not permitted when stream is capturing): going on without "
-        "train.cuda_graph, slower"
+        "the step waits for the GPU, and cannot be recorded as a CUDA graph: going on without train.cuda_graph, slower"
     ]
+    assert not stand_in.recordings
+
+
+def test_a_recording_that_fails_ends_the_run_with_advice(
+    tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: StandIn, run: Any, device: torch.device) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(StandIn, "__call__", refuse)
+    with pytest.raises(
+        UserError,
+        match=r"\(CUDA error: operation not permitted when stream is capturing\): leave train\.cuda_graph out",
+    ):
+        run_of(tmp_path, True)
+
+
+def test_a_batch_in_parts_does_not_end_the_recording(tmp_path: Path, stand_in: StandIn) -> None:
+    """A growing batch is computed in parts before it is whole."""
+
+    class Growing(RandomBatches):
+        def next_batch(self) -> Batch:
+            self.batch_size = (2, 2, 4, 4, 8, 8)[self.place]
+            return super().next_batch()
+
+    said: list[str] = []
+    train = {"batch_size": 8, "batch_warmup_steps": 4, "batch_warmup_start": 2}
+    plain = run_of(tmp_path / "plain", False, train=train, loader=Growing())
+    same(plain, run_of(tmp_path / "recorded", True, train=train, loader=Growing(), said=said))
+    assert (stand_in.recordings, stand_in.replays) == (2, 4)
+    assert sum("goes without" in line for line in said) == 1
 
 
 def test_out_of_memory_while_recording_is_backed_off_from(
@@ -187,7 +228,7 @@ def test_out_of_memory_while_recording_is_backed_off_from(
     assert run.parts == 2 and run.state.step == 6
     assert [line for line in said if "micro-batches" in line][-2:] == [
         "out of memory with 4 sequences at once: going on with micro-batches of 2, 2 per step",
-        "train.cuda_graph records a batch computed at once, not micro-batches: going on without",
+        "train.cuda_graph records batches that are computed at once: this one, in micro-batches, goes without",
     ]
 
 
