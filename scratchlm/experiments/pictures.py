@@ -154,6 +154,7 @@ def differences_figure(comparison: Comparison) -> Figure | None:
         axes.plot([d.mean], [place], marker="o", markersize=5, color=paint)
     axes.axvline(0, color=ink, linewidth=1)
     axes.set_yticks(range(len(rows)), [label_of(row) for row in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)  # room for the first and the last
     dress(
         axes,
         "light",
