@@ -10,3 +10,8 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, to be quoted in a message: the first line, 200 characters at most; its type, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -76,6 +76,12 @@ def weights_with_sink(
     return softmax(torch.cat([scores, column], dim=-1))[..., :-1]
 
 
+def for_every_head(q: Queries, k: Keys, v: Values) -> tuple[Keys, Values]:
+    """Keys and values that groups of query heads share, repeated for each of them."""
+    group = q.shape[-3] // k.shape[-3]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3))
+
+
 def scaled_and_capped(raw: Tensor, scores: Scores, head_dim: int) -> Tensor:
     """Products q · k, which nobody else holds, as scores in fp32 at least; in place where no gradient is wanted."""
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
@@ -91,9 +97,7 @@ def reference_attention(
     q: Queries, k: Keys, v: Values, visible: Visibility | None = None, scores: Scores = PLAIN
 ) -> Mixed:
     """The formula, with all scores in memory; a query that may read nothing gets zeros."""
-    group = q.shape[-3] // k.shape[-3]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    k, v = for_every_head(q, k, v)
     raw = einsum(q, k, "... h q d, ... h k d -> ... h q k")
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scores.scale_of(q.shape[-1])
     raw = soft_cap(raw, scores.soft_cap)
@@ -123,9 +127,8 @@ def sdpa_attention(
         wide = [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
         return sdpa_attention(wide[0], wide[1], wide[2], visible, scores)[..., : v.shape[-1]]
     queries, keys = q.shape[-2], k.shape[-2]
-    group = q.shape[-3] // k.shape[-3]
-    if group > 1 and queries > 1 and not shares_keys(q):
-        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    if queries > 1 and not shares_keys(q):
+        k, v = for_every_head(q, k, v)
     options: dict[str, Any] = {
         "scale": scores.scale_of(q.shape[-1]),
         "enable_gqa": q.shape[-3] != k.shape[-3],
@@ -193,9 +196,8 @@ def _flash_tells_sums(q: Tensor, k: Tensor, v: Tensor, visible: Visibility | Non
 def _flash_with_sinks(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
     """A sink takes exp(sink) / (exp(sink) + Σ exp(score)) of the softmax: what is left of the output is σ(log Σ − sink)."""
     assert scores.sinks is not None
-    length, group = q.shape[-2], q.shape[-3] // k.shape[-3]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    length = q.shape[-2]
+    k, v = for_every_head(q, k, v)
     mask = None
     if visible is not None:
         key = "added", None, q.dtype

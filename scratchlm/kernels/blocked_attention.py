@@ -15,6 +15,7 @@ from scratchlm.kernels.attention import (
     Values,
     causal_triangle,
     distances,
+    for_every_head,
     scaled_and_capped,
     sdpa_attention,
     weights_with_sink,
@@ -57,9 +58,7 @@ def blocked_attention(
         return sdpa_attention(q, k, v, visible, scores)
     if visible is not None and visible.planned:
         block = visible.block
-    if k.shape[-3] != q.shape[-3]:
-        group = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    k, v = for_every_head(q, k, v)
     if visible is not None and visible.parts:
         return _merged([_partial(q, k, v, part, scores) for part in visible.parts], scores).to(v.dtype)
     outputs = []

@@ -8,8 +8,7 @@
     backward   dy ─ scale, round ──► e5m2 ───► times W: dx,   times x: dW      (the same rounded x and W)
 
 Numbers of 8 bits reach to 448 (e4m3: 3 bits of fraction) or 57,344 (e5m2: 2 bits), so each tensor is first multiplied by one factor that takes its largest
-entry there, measured anew every time ("dynamic" scaling); the product is divided by both factors, by one
-after the other: from entries of about 10³³ on it can overflow in between. Gradients, which spread wider, get the wider range. What is
+entry there, measured anew every time ("dynamic" scaling); the product is divided by both factors. Gradients, which spread wider, get the wider range. What is
 kept for the backward pass is kept in 8 bits.
 
 `reference_fp8_linear` rounds in the same way and multiplies in float64; `fp8_linear` asks torch's scaled product, which wants widths that are multiples of 16.
@@ -52,7 +51,9 @@ def reference_fp8_linear(
 
 def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
     """a bᵀ of two matrices that lie row by row, in bf16: the one layout that Hopper has."""
-    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+    # As one factor: after the first of two the sums of large entries would have overflowed.
+    one = torch.ones_like(b_scale)
+    return torch._scaled_mm(a, b.t(), scale_a=a_scale * b_scale, scale_b=one, out_dtype=torch.bfloat16)
 
 
 class _Fp8Linear(torch.autograd.Function):

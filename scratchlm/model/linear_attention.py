@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scratchlm.kernels.attention import for_every_head
 from scratchlm.kernels.delta_rule import delta_rule, delta_rule_flops
 from scratchlm.kernels.linear_attention import State, linear_attention, linear_attention_flops
 from scratchlm.model import choices
@@ -111,9 +112,7 @@ class LinearMixer(nn.Module):
         if context.valid is not None:
             valid = context.valid[:, None, :, None]
             k, v = k * valid, v * valid
-        if self.kv_heads != self.heads:
-            group = self.heads // self.kv_heads
-            k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+        k, v = for_every_head(q, k, v)
         return q * self.scale, k, v
 
     def features(self, x: Heads) -> Heads:

@@ -299,7 +299,7 @@ def _step(
     mean.backward()
     watcher.places.now = "all gradients"
     computing.collect()
-    watcher.phase, watcher.places.now = "clipping", "all gradients"
+    watcher.phase = "clipping"
     clip_grad_norm(list(optimizers.names.values()), recipe.optim.grad_clip or math.inf)
     watcher.phase = "optimizer"
     for name, optimizer in optimizers.optimizers.items():

@@ -33,12 +33,17 @@ def compiling(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def kept(kernel: Any) -> bool:
-    """Whether a function that Numba compiles lies on disk, or at least did for an earlier version or another processor."""
-    folder = getattr(kernel.stats, "cache_path", None)
-    module, name = kernel.__module__.rpartition(".")[2], kernel.__name__
+def kept(function: Callable[..., Any]) -> bool:
+    """Whether what Numba makes of a function lies on disk, or at least did for an earlier version or another processor."""
+    from numba.core import caching
+
+    try:
+        folder = Path(caching.FunctionCache(function).cache_path)
+    except RuntimeError:  # none can be written
+        return False
+    module, name = Path(function.__code__.co_filename).stem, function.__name__
     made = f"{module}.{name}-*.nbi", f"{module}.*.{name}-*.nbi"  # by itself, or in another function
-    return folder is not None and any(True for pattern in made for _ in Path(folder).glob(pattern))
+    return any(True for pattern in made for _ in folder.glob(pattern))
 
 
 def announce(first: Any, work: str, show: bool) -> None:
@@ -49,7 +54,7 @@ def announce(first: Any, work: str, show: bool) -> None:
         work: what they do, as in ``"the merge loop"``.
         show: False: be silent.
     """
-    if show and not first.signatures and not kept(first):
+    if show and not first.signatures and not kept(first.py_func):
         tqdm.write(f"compiling {work}: a few seconds, once per machine", file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ import functools
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -164,7 +164,11 @@ class TextEncoder:
         for index, part in enumerate(specials.splitter.split(text)):
             if index % 2:
                 found.append(np.array([self._special_tokens[part]], self._dtype))
-            for start, stop in self._pieces(part) if part and not index % 2 else ():
+                at += len(part)
+                continue
+            if not part:
+                continue
+            for start, stop in self._pieces(part):
                 if at_work.patience <= 0 or stop - start > 4 * _PART:  # what cannot be cut may be one long word
                     rest = text[at + start :].encode("utf-8", "surrogateescape")
                     found.append(self._fast.encode(rest, specials.search.regions(rest, 0, len(rest))))
@@ -287,19 +291,17 @@ class TextEncoder:
             for text in given:
                 _refuse(forbidden, _checked(text))
         total = sum(map(len, given))
-        if self._normalizer is None:
-            compiled = self._compiled_for(total)
-            self._count(total)
-            if compiled:
-                return self._many(given, specials, threads)
+        if self._normalizer is not None:
+            return [self._encode(text, specials) for text in map(_checked, given)]
+        compiled, before = self._compiled_for(total), self._fast_encoder
+        self._count(total)
+        if compiled:
+            return self._many(given, specials, threads)
         found: list[np.ndarray] = []
-        before = self._fast_encoder
         for number, text in enumerate(given):
-            if (
-                self._normalizer is None and before is None and self._fast_encoder is not None
-            ):  # plain Python took too long
+            if self._fast_encoder is not before:  # plain Python took too long
                 return found + self._many(given[number:], specials, threads)
-            found.append(self._encode(_checked(text), specials, counted=self._normalizer is None))
+            found.append(self._encode(_checked(text), specials, counted=True))
         return found
 
     def _many(self, given: list[Text], specials: _Specials, threads: int | None) -> list[np.ndarray]:
@@ -430,4 +432,5 @@ def _compiled_before() -> bool:
     from scratchlm.tokenizer.compiling import kept
     from scratchlm.tokenizer.word_table import encode_spans
 
-    return kept(encode_spans)
+    compiled: Any = encode_spans
+    return kept(compiled.py_func)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
-from numba.core import caching, cgutils, types
+from numba.core import cgutils, types
 
-from scratchlm.tokenizer.compiling import compiling, with_room
+from scratchlm.tokenizer.compiling import compiling, kept, with_room
 from scratchlm.tokenizer.machine_words import built_in
 
 _LONG = ir.IntType(64)
@@ -52,21 +51,13 @@ class OnDemand:
         """
         if self._compiled is None and (work or at_once):
             with self._lock:
-                if self._patience == _PATIENCE and self._kept():  # loading takes a few milliseconds
+                if self._patience == _PATIENCE and kept(self._function):  # loading takes a few milliseconds
                     at_once = True
                 self._patience -= work
                 if self._compiled is None and (at_once or self._patience < 0):
                     with compiling(self._what):
                         self._compiled = with_room(self._compile)
         return 0 if self._compiled is None else int(self._compiled.address)
-
-    def _kept(self) -> bool:
-        """Whether it lies on disk, or at least did for an earlier version."""
-        try:
-            folder = Path(caching.FunctionCache(self._function).cache_path)
-        except RuntimeError:
-            return False
-        return any(folder.glob(f"*.{self._function.__name__}-*.nbi"))
 
     def _compile(self) -> Any:
         try:

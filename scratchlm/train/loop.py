@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
-from scratchlm.errors import UserError
+from scratchlm.errors import UserError, first_line
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
 from scratchlm.progress import progress
@@ -385,8 +385,7 @@ class Trainer:
                 f"{self.config.steps:,}; the same command goes on from the last checkpoint",
                 stop,
             ) from error
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        self.say(f"torch.compile failed ({first_line}): going on without it, slower")
+        self.say(f"torch.compile failed ({first_line(error)}): going on without it, slower")
         self.loss.eager()
         self.state.compile = "off"
 

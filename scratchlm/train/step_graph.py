@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scratchlm.errors import UserError
+from scratchlm.errors import UserError, first_line
 from scratchlm.train.fitting import is_out_of_memory, untouched_generators
 from scratchlm.train.task import Loss
 
@@ -144,9 +144,8 @@ class StepGraph:
             self.forget()
             if is_out_of_memory(error) or not isinstance(error, RuntimeError):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"the step cannot be recorded as a CUDA graph ({reason}): leave train.cuda_graph out; the same command then goes on from the last checkpoint"
+                f"the step cannot be recorded as a CUDA graph ({first_line(error)}): leave train.cuda_graph out; the same command then goes on from the last checkpoint"
             ) from error
         self._beside = self._loss.beside()
 

@@ -114,17 +114,22 @@ def exact(case: Case, dtype: torch.dtype) -> Answer:
     return answer(reference_attention, case, torch.float64, drawn_as=dtype)
 
 
-def largest_error(found: Answer, right: Answer) -> float:
+def largest_error(found: Answer, right: Answer, *, cancelling: bool = False) -> float:
     """The largest difference in output and gradients, each relative to the largest entry of its tensor, 0.1 at least.
 
-    Where larger numbers cancel, it is relative to those: to one in a gradient that is zero as it stands (dP less its row's D, when a query reads one
-    key), to √width / 4 in the sinks', which add up D = Σ dO O over the width and over all queries.
+    Args:
+        found, right: ours, and in float64.
+        cancelling: where larger numbers cancel, relative to those: to one in a gradient that is zero as it stands (dP less its row's D, when a
+            query reads one key), to √width / 4 in the sinks', which add up D = Σ dO O over the width and over all queries.
     """
     worst, width = 0.0, right.out.shape[-1]
     for ours, theirs in zip(found, right, strict=True):
         assert ours.shape == theirs.shape
-        largest = float(theirs.abs().max())
-        least = max(1.0, width**0.5 / 4) if theirs.ndim == 1 else 1.0 if largest < 1e-9 else 0.1
+        largest, least = float(theirs.abs().max()), 0.1  # a gradient that is zero has no size
+        if cancelling and theirs.ndim == 1:
+            least = max(1.0, width**0.5 / 4)
+        elif cancelling and largest < 1e-9:
+            least = 1.0
         size = max(largest, least)
         difference = (ours.double().cpu() - theirs).abs().max() / size
         worst = max(worst, float("inf") if difference.isnan() else float(difference))

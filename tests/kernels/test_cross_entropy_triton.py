@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -317,7 +318,8 @@ def test_a_gpu_gets_large_blocks() -> None:
 
 @compiles
 def test_the_compiler_needs_few_registers() -> None:
-    """Of 65,536 on a processor: five programs of 256 threads fit with 48 (Triton 3.6 takes so many, 3.7 takes 40); two with 128, where rows begin anywhere."""
+    """Of 65,536 on a processor: six programs of 256 threads fit with 40 (five with 48, which Triton 3.6 takes); two with 128, where rows begin anywhere."""
+    few = 48 if version("triton").startswith("3.6.") else 40
     rows = ahead("90", "--loss")
     assert {(row["dtype"], row["capped"], row["vocab"]) for row in rows} == {
         (dtype, capped, vocab)
@@ -326,7 +328,7 @@ def test_the_compiler_needs_few_registers() -> None:
         for vocab in (65, 50257, 50304)
     }
     for row in rows:
-        most = 128 if row["vocab"] % 16 and row["vocab"] > 128 else 48
+        most = 128 if row["vocab"] % 16 and row["vocab"] > 128 else few
         assert row["registers"] <= most and row["stack"] == 0, row
 
 

@@ -71,10 +71,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessa
     op._warn.cache_clear()
 
 
-def held(case: Case, dtype: torch.dtype, told: list[warnings.WarningMessage], slack: float = 1.0) -> None:
+def held(case: Case, dtype: torch.dtype, told: list[warnings.WarningMessage]) -> None:
     found = answer(fused_attention, case, dtype, DEVICE)
     assert found.out.dtype == dtype
-    assert largest_error(found, exact(case, dtype)) < slack * BOUNDS[dtype]
+    assert largest_error(found, exact(case, dtype)) < BOUNDS[dtype]
     assert not [w for w in told if "attention_kernel" in str(w.message)]
 
 
@@ -204,7 +204,11 @@ def test_the_grid(head_dim: int, dtype: torch.dtype, told: list[warnings.Warning
             case = replace(case, **change)
         if "documents" in fields[1] and case.queries == case.keys:
             case = replace(case, documents=(case.keys // 3, case.keys - case.keys // 3))
-        held(case, dtype, told, slack=2)  # the worst of seventy
+        found = answer(fused_attention, case, dtype, DEVICE)
+        assert found.out.dtype == dtype
+        # Twice the bound: the worst of seventy, sinks and zeros among them.
+        assert largest_error(found, exact(case, dtype), cancelling=True) < 2 * BOUNDS[dtype], case
+        assert not [w for w in told if "attention_kernel" in str(w.message)]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_rounding_is_as_fine_as_the_format(dtype: torch.dtype, bits: int) -> Non
     assert 2.0 ** -(bits + 3) < error <= 2.0 ** -(bits + 1)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, 1e33])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e38])
 def test_extremes_stay_finite(value: float) -> None:
     x = torch.full((16, 16), value)
     out = fp8_linear(x, torch.eye(16))

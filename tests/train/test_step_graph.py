@@ -32,7 +32,6 @@ class StandIn:
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0
-        self.shapes: list[torch.Size] = []
 
     def __call__(self, run: Callable[[], list[Tensor]], device: torch.device) -> Callable[[], None]:
         self.recordings += 1
