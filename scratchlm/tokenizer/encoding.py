@@ -92,7 +92,7 @@ class TextEncoder:
         self._fast_encoder: FastEncoder | None = None
         self._scanned = scanner_for(pattern.text) is not None
         # Ids and ranks must fit a row of `merge_table`.
-        self._can_compile = len(ranks) < 1 << 22 and vocab_size <= 1 << 21
+        self._can_compile = len(ranks) < 1 << 22 and vocab_size < 1 << 21
         self._at_work = _FirstTime()
 
     @property

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 from scratchlm.tokenizer.compiling import given_room
 
@@ -120,19 +120,91 @@ def prefetch(typing, array, offset):
     return types.void(array, types.int64), build
 
 
+class _Sixteen(types.Type):  # type: ignore[misc]  # Numba has no stubs
+    """16 uint32 in one vector register."""
+
+    def __init__(self) -> None:
+        super().__init__("uint32x16")
+
+
+_SIXTEEN, _VECTOR = _Sixteen(), ir.VectorType(_INT, 16)
+
+
+@register_model(_Sixteen)
+class _SixteenModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _VECTOR)
+
+
+@built_in
+def load16(typing, array, offset):
+    """The 16 uint32 at byte `offset` of `array` as one vector."""
+
+    def build(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        return builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=1)
+
+    return _SIXTEEN(array, types.int64), build
+
+
+@built_in
+def put(typing, vector, lane, value):
+    """`vector` with uint32 `value` in its `lane`; as it is if there is none of this number."""
+
+    def build(context, builder, signature, arguments):
+        undefined, zeros = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_VECTOR, [0] * 16)
+
+        def every(number):
+            return builder.shuffle_vector(builder.insert_element(undefined, number, _INT(0)), undefined, zeros)
+
+        lanes = ir.Constant(_VECTOR, list(range(16)))
+        here = builder.icmp_unsigned("==", lanes, every(builder.trunc(arguments[1], _INT)))
+        return builder.select(here, every(arguments[2]), arguments[0])
+
+    return _SIXTEEN(vector, types.int64, types.uint32), build
+
+
+@built_in
+def least(typing, vector):
+    """The smallest of 16 uint32."""
+
+    def build(context, builder, signature, arguments):
+        return _least(builder, arguments[0])
+
+    return types.uint32(vector), build
+
+
+def _least(builder, vector):
+    kind = vector.type
+    name = f"llvm.vector.reduce.umin.v{kind.count}i{kind.element.width}"
+    function = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(kind.element, [kind]), name
+    )
+    return builder.call(function, [vector])
+
+
+@built_in
+def nearest8(typing, array, offset, value):
+    """The smallest of the 8 differences (uint64, so that what is less than `value` is far above) from `value` to what lies at byte `offset`."""
+
+    def build(context, builder, signature, arguments):
+        vector = ir.VectorType(_LONG, 8)
+        undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_INT, 8), [0] * 8)
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        rows = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
+        every = builder.shuffle_vector(builder.insert_element(undefined, arguments[2], _INT(0)), undefined, zeros)
+        return _least(builder, builder.sub(rows, every))
+
+    return types.uint64(array, types.int64, types.uint64), build
+
+
 @built_in
 def least16(typing, array, offset):
     """The smallest of the 16 uint32 at byte `offset` of `array`, in a few vector instructions."""
 
     def build(context, builder, signature, arguments):
-        vector = ir.VectorType(_INT, 16)
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
-        value = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
-        name = "llvm.vector.reduce.umin.v16i32"
-        function = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(_INT, [vector]), name
-        )
-        return builder.call(function, [value])
+        return _least(builder, builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=1))
 
     return types.uint32(array, types.int64), build
 

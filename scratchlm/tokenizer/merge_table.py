@@ -1,9 +1,13 @@
 """Merging one pre-token, compiled: the same ids as `encoder.merge_tokens`, for every length.
 
-The merges lie in an open hash table of one integer each, so that a question costs one cache line:
+The merges lie in a hash table of one integer each, four to a group, so that a question costs one cache line and no guess of
+the processor, whose wrong guesses took more time than all else:
 
-    row     63 …… 43 │ 42 …… 22 │ 21 …… 0            pair of ids ──hash──► slot, slot + 1, … until found or empty
+    row     63 …… 43 │ 42 …… 22 │ 21 …… 0            pair of ids ──hash──► a group, or the next one where it is full
              left id │ right id │ rank               ``merged[rank]`` is the id that the pair becomes
+
+    rank    least of the four differences            The row asked for differs by its rank, any other by 2²² or more.
+            row − (left │ right │ 0)
 
 **Up to 64 bytes** all tokens have a fixed place, and the ranks of their pairs lie side by side. A merge leaves a
 hole at the right one's place; one bit per place says who is left, so neighbours are found by counting zeros:
@@ -12,6 +16,12 @@ hole at the right one's place; one bit per place says who is left, so neighbours
     token   h    e    l    l    o           The least key is the best pair, and the leftmost of equals.
     key    12·0 40·1  5·2  -    -           It is found 16 keys at a time (`least16`).
     after   h    e    ll   .    o           alive = 0b10111
+
+Up to 15 bytes the keys never leave one vector register (what is written word by word and then read as a vector waits for the
+memory in between), and a wall on either side stands for the neighbour that is not there: a token that no merge knows.
+
+    place   0    1    2    3    4    5    6
+    token   ▓    h    e    l    l    o    ▓
 
 **Longer ones** (a line of dashes, base64, Chinese without spaces, ten million times one letter) keep a doubly linked list
 of tokens and, instead of a heap, one list of places per rank, taken from the lowest rank on:
@@ -34,27 +44,32 @@ import numpy as np
 from numba import carray
 from numba.core import types
 
+from scratchlm.tokenizer.buffers import private_pages
 from scratchlm.tokenizer.encoder import merge_tokens
-from scratchlm.tokenizer.machine_words import U, highest_bit, inner, least16, lowest_bit, prefetch, stamp
+from scratchlm.tokenizer.machine_words import U, highest_bit, inner, least, least16, load16, lowest_bit, nearest8, prefetch, put, stamp
 from scratchlm.tokenizer.on_demand import OnDemand
 
 ID_BITS = 21
 RANK_BITS = 22
-# Ids and ranks that fit the row. Above, the tokenizer keeps to the plain road.
-MOST_IDS = 1 << ID_BITS
+# Ids and ranks that fit the row; the highest id is the wall. Above, the tokenizer keeps to the plain road.
+MOST_IDS = (1 << ID_BITS) - 1
 MOST_MERGES = (1 << RANK_BITS) - 1
 
 _NO_RANK = U(MOST_MERGES)
 _EMPTY = U(0xFFFFFFFFFFFFFFFF)
 _MIX, _TOP = U(0x9E3779B97F4A7C15), U(40)
-_ONE, _NONE = U(1), U(0)
+_ONE, _NONE, _ALL_BUT_ONE = U(1), U(0), U(0xFFFFFFFFFFFFFFFE)
 _NO_KEY = np.uint32(0xFFFFFFFF)
+_WALL = np.uint32(MOST_IDS)
+_PER_GROUP = 4
 
 # Places of the three tables in `MergeTable.small`.
 _BYTE_IDS = 1 << 16
-_MERGED = _BYTE_IDS + 256
+_FIRST_ID = _BYTE_IDS + 256
+_MERGED = _FIRST_ID + 1
 
-SHORT = 64
+# Words of so many bytes are merged in a register; in place.
+SHORTEST, SHORT = 15, 64
 # Working memory for a long pre-token, in int32: per byte its token, the rank of the pair that begins there, and the places
 # before and after it; then blocks of 15 list entries and the number of the next block; then one list in order.
 _PLACE, _BLOCK = 4, 16
@@ -93,8 +108,9 @@ def merge_table(byte_ids: list[int], ranks: dict[int, int]) -> MergeTable:
     rank, made = values >> U(32), values & U(0xFFFFFFFF)
     packed = (left << U(ID_BITS)) | right
     bits = max(4, (2 * len(ranks)).bit_length())
-    pairs = np.full(1 << bits, _EMPTY)
-    slot = ((packed * _MIX) >> _TOP).astype(np.int64) & (len(pairs) - 1)
+    pairs = np.frombuffer(private_pages(8 << bits), np.uint64)  # groups are cache lines
+    pairs[:] = _EMPTY
+    slot = ((packed * _MIX) >> _TOP).astype(np.int64) & (len(pairs) - _PER_GROUP)
     rows = (packed << U(RANK_BITS)) | rank
     while len(rows):  # all at once: whoever finds a free slot takes it, the others look one slot further
         free = pairs[slot] == _EMPTY
@@ -102,12 +118,14 @@ def merge_table(byte_ids: list[int], ranks: dict[int, int]) -> MergeTable:
         waiting = pairs[slot] != rows
         rows, slot = rows[waiting], (slot[waiting] + 1) & (len(pairs) - 1)
     small = np.full(_MERGED + len(ranks), MOST_MERGES, np.uint32)
-    byte_of = np.full(MOST_IDS, -1, np.int64)
+    byte_of = np.full(max(max(byte_ids), int(left.max(initial=0)), int(right.max(initial=0))) + 1, -1, np.int32)
     byte_of[byte_ids] = np.arange(256)
     both = (byte_of[left] >= 0) & (byte_of[right] >= 0)
     small[(byte_of[left[both]] << 8) | byte_of[right[both]]] = rank[both]
-    small[_BYTE_IDS:_MERGED] = byte_ids
+    small[_BYTE_IDS:_FIRST_ID] = byte_ids
     small[_MERGED + rank.astype(np.int64)] = made
+    first = made - rank
+    small[_FIRST_ID] = first[0] if len(ranks) and (first == first[0]).all() else 0
     return MergeTable(pairs, small, len(ranks), lambda word: merge_tokens([byte_ids[byte] for byte in word], ranks))
 
 
@@ -123,15 +141,49 @@ def empty_lists(merges: int) -> tuple[np.ndarray, np.ndarray]:
 def rank_of(left, right, pairs):
     """Rank of the pair of ids, or `_NO_RANK`. All integers are uint64."""
     key = (left << U(ID_BITS)) | right
-    mask = U(len(pairs) - 1)
-    slot = ((key * _MIX) >> _TOP) & mask
+    zero = key << U(RANK_BITS)
+    mask = U(len(pairs) - _PER_GROUP)
+    group = ((key * _MIX) >> _TOP) & mask
     while True:
-        row = pairs[slot]
-        if (row >> U(RANK_BITS)) == key:
-            return row & _NO_RANK
-        if row == _EMPTY:
-            return _NO_RANK
-        slot = (slot + U(1)) & mask
+        last = pairs[group + U(3)]
+        rank = min(min(pairs[group] - zero, pairs[group + U(1)] - zero), min(pairs[group + U(2)] - zero, last - zero))
+        if (rank < _NO_RANK) | (last == _EMPTY):
+            return min(rank, _NO_RANK)
+        group = (group + U(_PER_GROUP)) & mask
+
+
+@inner
+def merge_shortest(data, begin, length, pairs, small, tokens, keys):
+    """Merge ``data[begin : begin + length]``, at most `SHORTEST` bytes; as :func:`merge_short`, but a token at place i is
+    ``tokens[i]`` for i = 1, 2, …"""
+    for lane in range(16):
+        keys[lane] = _NO_KEY
+    tokens[0] = tokens[length + 1] = _WALL
+    first, first_id = data[begin], small[_FIRST_ID]
+    tokens[1] = small[_BYTE_IDS + first]
+    for place in range(1, length):
+        second = data[begin + place]
+        tokens[place + 1] = small[_BYTE_IDS + second]
+        keys[place] = np.uint32((small[(first << 8) | second] << 6) | place)
+        first = second
+    vector = load16(keys, 0)
+    alive = (U(4) << U(length)) - _ONE  # with both walls
+    while True:
+        best = least(vector)
+        rank = best >> 6
+        if rank >= MOST_MERGES:
+            return alive & ((_ONE << U(length)) - _ONE) << _ONE
+        place = np.int64(best & 63)
+        made = np.uint32(first_id + rank) if first_id != 0 else small[_MERGED + rank]
+        tokens[place] = made
+        behind = _ALL_BUT_ONE << U(place)
+        right = lowest_bit(alive & behind)
+        alive ^= _ONE << U(right)
+        later, earlier = lowest_bit(alive & behind), highest_bit(alive & ~(_EMPTY << U(place)))
+        vector = put(vector, right, _NO_KEY)
+        with_later, with_earlier = rank_of(U(made), U(tokens[later]), pairs), rank_of(U(tokens[earlier]), U(made), pairs)
+        vector = put(vector, place, np.uint32((with_later << U(6)) | U(place)))
+        vector = put(vector, earlier, np.uint32((with_earlier << U(6)) | U(earlier)))
 
 
 @inner

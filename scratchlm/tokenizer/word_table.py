@@ -36,7 +36,16 @@ import numpy as np
 from scratchlm.errors import UserError
 from scratchlm.tokenizer.buffers import private_pages
 from scratchlm.tokenizer.machine_words import U, fold, inner, load64, lowest_bit, outer, prefetch, stamp, store64
-from scratchlm.tokenizer.merge_table import SHORT, MergeTable, empty_lists, merge_long, merge_short, scratch_size
+from scratchlm.tokenizer.merge_table import (
+    SHORT,
+    SHORTEST,
+    MergeTable,
+    empty_lists,
+    merge_long,
+    merge_short,
+    merge_shortest,
+    scratch_size,
+)
 from scratchlm.tokenizer.on_demand import address_of, call
 from scratchlm.tokenizer.scanner_blocks import borrowed
 
@@ -161,6 +170,12 @@ def _slow(
     if known >= 0:
         out[n] = known
         n += 1
+    elif length <= SHORTEST:
+        alive = merge_shortest(data, begin, length, pairs, small, tokens, keys)
+        while alive != _NONE:
+            out[n] = tokens[lowest_bit(alive)]
+            n += 1
+            alive &= alive - _ONE
     elif length <= SHORT:
         alive = merge_short(data, begin, length, pairs, small, tokens, keys)
         while alive != _NONE:
