@@ -175,6 +175,15 @@ OURS_STR = Engine(
     batch=lambda tokenizer, text, threads: tokenizer.encode_batch(text.strings, threads=threads),
 )
 
+OURS_LIST = Engine(
+    "scratchlm, from a list",
+    load=_scratchlm,
+    decode=lambda tokenizer, ids: tokenizer.decode(ids),
+)
+
+# Decoded by all: a size that lists of Python integers still fit in memory with.
+DECODED_MEGABYTES = 20
+
 
 # ------------------------------------------------------------------ peers
 

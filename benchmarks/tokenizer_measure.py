@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tokenizer_corpora import SCRIPTS, Corpus, adversarial, load
 from tokenizer_engines import (
+    DECODED_MEGABYTES,
     ENGINES,
     OURS,
+    OURS_LIST,
     OURS_STR,
     SPECIAL,
     TRAINERS,
@@ -205,16 +207,19 @@ def encode(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(job: dict[str, Any]) -> dict[str, Any]:
-    """Ids of a corpus back to text. Engines that take lists get lists."""
+    """Ids of a corpus, the same for all, back to text. Engines that take lists get lists."""
     cache = Path(job["cache"])
     given = vocabulary(job["vocab_size"], job["pattern"], job["megabytes"], cache)
     engines = [engine for engine in installed(ENGINES) if engine.decode]
-    texts = _texts(load(job["corpus"], job["megabytes"], cache), engines, cache)
-    rivals, sizes, left_out = {}, {}, {}
+    engines.insert(1, OURS_LIST)
+    data = b"".join(load(job["corpus"], job["megabytes"], cache).sample(DECODED_MEGABYTES).documents)
+    encoded = given.ours.encode_array(data)
+    listed = encoded.tolist()
+    rivals, left_out = {}, {}
     for engine in engines:
         assert engine.load is not None
-        text, tokenizer = texts[engine.name], engine.load(given)
-        ids = engine.decodable(given.ours.encode_array(text.data))
+        tokenizer = engine.load(given)
+        ids = listed if engine.decodable is np.ndarray.tolist else engine.decodable(encoded)
 
         def run(engine: Engine = engine, tokenizer: Any = tokenizer, ids: Any = ids) -> Any:
             assert engine.decode is not None
@@ -225,11 +230,11 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # whatever a peer raises
             left_out[engine.name] = f"{type(error).__name__}: {error}"[:200]
             continue
-        if (result.encode() if isinstance(result, str) else bytes(result)) == text.data:
-            rivals[engine.name], sizes[engine.name] = run, text.size
+        if (result.encode() if isinstance(result, str) else bytes(result)) == data:
+            rivals[engine.name] = run
         else:
             left_out[engine.name] = "the text it gives back is another one"
-    return {"left_out": left_out, "decode": summary(interleaved(rivals, job["rounds"]), sizes)}
+    return {"left_out": left_out, "decode": summary(interleaved(rivals, job["rounds"]), len(data))}
 
 
 # ------------------------------------------------------------------ training

@@ -94,6 +94,26 @@ def store64(typing, array, offset, value):
 
 
 @built_in
+def peek64(typing, address):
+    """The 8 bytes at `address` (int64) of this process, as uint64."""
+
+    def build(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], _LONG.as_pointer()))
+
+    return types.uint64(types.int64), build
+
+
+@built_in
+def peek32(typing, address):
+    """The 4 bytes at `address` (int64) of this process, as uint32."""
+
+    def build(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], _INT.as_pointer()))
+
+    return types.uint32(types.int64), build
+
+
+@built_in
 def fold(typing, one, other):
     """The two halves of the 128-bit product of two uint64, one over the other by XOR: a hash in two instructions."""
 
@@ -111,13 +131,27 @@ def prefetch(typing, array, offset):
     """Ask for the cache line that holds byte `offset` of `array`."""
 
     def build(context, builder, signature, arguments):
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
-        builder.call(function, [address, _INT(0), _INT(3), _INT(1)])
+        _ask_for(builder, _address(context, builder, signature.args[0], arguments[0], arguments[1]))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), build
+
+
+@built_in
+def ask_for(typing, address):
+    """Ask for the cache line at `address` (uint64) of this process."""
+
+    def build(context, builder, signature, arguments):
+        _ask_for(builder, builder.inttoptr(arguments[0], _BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), build
+
+
+def _ask_for(builder, address):
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
+    builder.call(function, [address, _INT(0), _INT(3), _INT(1)])
 
 
 class _Sixteen(types.Type):  # type: ignore[misc]  # Numba has no stubs

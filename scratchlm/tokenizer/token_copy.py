@@ -6,15 +6,17 @@ from scratchlm.tokenizer.machine_words import load64, outer, store64
 
 
 @outer
-def total_length(ids, packed):
-    """Bytes of all `ids`; −1 − position of the first that has none."""
-    total = 0
+def count(ids, packed, characters):
+    """(bytes, characters, widths of characters, one bit each) of all `ids`; −1 − position instead of bytes if there is one that has none."""
+    size, number, widths = 0, 0, 0
     for position in range(len(ids)):
         index = ids[position]
         if index >= len(packed) or packed[index] < 0:
-            return -1 - position
-        total += packed[index] & 0xFFFFFF
-    return total
+            return -1 - position, 0, 0
+        size += packed[index] & 0xFFFFFF
+        number += characters[index] >> 4
+        widths |= characters[index] & 15
+    return size, number, widths
 
 
 @outer
