@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from scratchlm.data import digests
 from scratchlm.errors import UserError
 from scratchlm.files import stable_hash
 from scratchlm.progress import progress
@@ -168,8 +169,13 @@ class Corpus(ABC):
         """Every document of the training or of the validation text, before any are held out (text may be empty)."""
 
     @abstractmethod
-    def fingerprint(self, show_progress: bool = True) -> str:
-        """Hex digest of all content and of every field that changes which documents come out."""
+    def fingerprint(self, show_progress: bool = True, algorithm: str = digests.ALGORITHM) -> str:
+        """Hex digest of all content and of every field that changes which documents come out.
+
+        Args:
+            show_progress: show a progress bar where there is much to read.
+            algorithm: that the content is hashed with.
+        """
 
     def total_bytes(self) -> int | None:
         """About how many bytes of text both splits hold together, for progress bars; None: not known cheaply."""
@@ -238,12 +244,12 @@ class FileCorpus(Corpus):
             for number, text in enumerate(self.read(path)):
                 yield Document(name if self.one_per_file() else f"{name}#{number}", text)
 
-    def fingerprint(self, show_progress: bool = True) -> str:
+    def fingerprint(self, show_progress: bool = True, algorithm: str = digests.ALGORITHM) -> str:
         everything = [(split, name, path) for split in SPLITS for name, path in self.files[split]]
         size = sum(path.stat().st_size for _, _, path in everything)
         show = show_progress and size >= LARGE
         with progress(description="hash corpus", total=size, bytes_=True, show=show) as bar:
-            content = [(split, name, _content_hash(path, bar)) for split, name, path in everything]
+            content = [(split, name, _content_hash(path, bar, algorithm)) for split, name, path in everything]
         return self._key(self.fields, content)
 
     def total_bytes(self) -> int | None:
@@ -279,17 +285,17 @@ def expand(patterns: list[str], field: str) -> list[Path]:
 
 
 # Digests of files hashed in this process. Never kept on disk: a size and a date are no proof of content there.
-_hashes: dict[tuple[str, int, int], str] = {}
+_hashes: dict[tuple[str, int, int, str], str] = {}
 
 
-def _content_hash(path: Path, bar: Any) -> str:
+def _content_hash(path: Path, bar: Any, algorithm: str) -> str:
     try:
         status = path.stat()
-        key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, algorithm)
         if key in _hashes:
             bar.update(status.st_size)
         else:
-            digest = hashlib.blake2b(digest_size=16)
+            digest = digests.new(algorithm)
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

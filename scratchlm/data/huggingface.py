@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scratchlm.data import digests
 from scratchlm.data.corpus import Corpus, Document, Split
 from scratchlm.errors import UserError
 from scratchlm.progress import progress
@@ -41,7 +41,7 @@ class HuggingFaceCorpus(Corpus):
             )
         self._package = _datasets()
         self._opened: dict[str, Any] = {}
-        self._content: str | None = None
+        self._content: dict[str, str] = {}  # digests by algorithm
 
     def describe(self) -> str:
         return f"corpus {self.config.dataset}"
@@ -107,9 +107,9 @@ class HuggingFaceCorpus(Corpus):
                 yield Document(f"{name}#{number}", (text or "").encode("utf-8"))
                 number += 1
 
-    def fingerprint(self, show_progress: bool = True) -> str:
-        if self._content is None:
-            digest = hashlib.blake2b(digest_size=16)
+    def fingerprint(self, show_progress: bool = True, algorithm: str = digests.ALGORITHM) -> str:
+        if algorithm not in self._content:
+            digest = digests.new(algorithm)
             splits: tuple[Split, ...] = ("train", "validation") if self.has_own_validation() else ("train",)
             with progress(
                 description="hash corpus", total=self.total_bytes(), bytes_=True, show=show_progress
@@ -121,8 +121,8 @@ class HuggingFaceCorpus(Corpus):
                         digest.update(f"{document.name} {len(data)} ".encode())
                         digest.update(data)
                         bar.update(len(data))
-            self._content = digest.hexdigest()
-        return self._key(("train_split", "validation_split"), self._content)
+            self._content[algorithm] = digest.hexdigest()
+        return self._key(("train_split", "validation_split"), self._content[algorithm])
 
     def total_bytes(self) -> int | None:
         if self.config.max_documents is not None:

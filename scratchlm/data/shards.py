@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scratchlm.data import digests
 from scratchlm.data.corpus import LARGE, SPLITS, Corpus, Document, FileCorpus, Split
 from scratchlm.data.tokens import (
     FORMAT_VERSION,
@@ -30,7 +31,6 @@ from scratchlm.data.tokens import (
     SplitManifest,
     TokenData,
     Tokens,
-    shard_digest,
 )
 from scratchlm.data.workers import Encoded, Encoder, encode_all
 from scratchlm.errors import UserError
@@ -81,11 +81,14 @@ def prepare(
     dtype = _dtype(config, tokenizer, separator_id)
     width = np.dtype(dtype).itemsize
 
-    def name(show: bool) -> tuple[str, str]:
+    def name(show: bool, version: int = FORMAT_VERSION) -> tuple[str, str]:
         """The fingerprint of the corpus, and the key of what shall be written: a hash of all that decides its bytes."""
-        fingerprint = corpus.fingerprint(show_progress=show)
+        if version == FORMAT_VERSION:
+            fingerprint = corpus.fingerprint(show_progress=show)
+        else:
+            fingerprint = corpus.fingerprint(show_progress=show, algorithm="blake2b")
         key = {
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "corpus": fingerprint,
             "tokenizer": tokenizer.content_hash,
             "separator_id": separator_id,
@@ -99,7 +102,7 @@ def prepare(
     with lock(folder / LOCK, busy=f"waiting for another process that prepares {folder}"):
         if (folder / MANIFEST).exists():
             manifest = TokenData.open(folder).manifest
-            if manifest.key != name(show_progress)[1]:
+            if manifest.key != name(show_progress, manifest.format_version)[1]:
                 raise UserError(
                     f"{folder} holds tokens of another corpus, tokenizer or setting; choose another folder or delete it"
                 )
@@ -184,7 +187,7 @@ class _Finished:
 
     name: str
     tokens: int
-    blake2b: str
+    digest: str
     documents: int
     bytes: int
     partial: int
@@ -323,7 +326,7 @@ def _write_split(
         cursor = _Cursor(stream, start, bar)
         while cursor.more():
             name = f"{split}-{len(shards):05d}.bin"
-            digest = shard_digest()
+            digest = digests.new()
             written = 0
             with atomic_path(folder / name) as temporary, temporary.open("wb") as file:
                 while written < shard_tokens and cursor.more():
@@ -332,7 +335,7 @@ def _write_split(
                     digest.update(piece.data)
                     written += len(piece)
                 journal.key.result()  # the journal is there before the first shard, whoever is killed when
-            shards.append(_Finished(name, written, digest.hexdigest(), *cursor.position()))
+            shards.append(_Finished(name, written, digests.named(digest), *cursor.position()))
             journal.save()
     journal.finished.append(split)
     journal.save()
@@ -386,5 +389,5 @@ def _summary(shards: list[_Finished]) -> SplitManifest:
         tokens=sum(shard.tokens for shard in shards),
         documents=shards[-1].documents,
         bytes=shards[-1].bytes,
-        shards=[Shard(shard.name, shard.tokens, shard.blake2b) for shard in shards],
+        shards=[Shard(shard.name, shard.tokens, shard.digest) for shard in shards],
     )

@@ -8,7 +8,6 @@ that is needed to read them and to notice when something is not as it was.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from scratchlm.data import digests
 from scratchlm.errors import UserError
 from scratchlm.files import read_json, write_json
 from scratchlm.progress import progress
@@ -23,7 +23,8 @@ from scratchlm.progress import progress
 if TYPE_CHECKING:
     from scratchlm.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+# 1 had BLAKE2b digests, of shards and in the fingerprint of the corpus; it can be read and verified, but is not written.
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Ids = npt.NDArray[np.int64]
@@ -31,11 +32,11 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a split: its name, its length in tokens, and the BLAKE2b digest (hex) of its bytes."""
+    """One file of a split: its name, its length in tokens, and the digest of its bytes, ``"algorithm:hex"`` (see `digests`)."""
 
     name: str
     tokens: int
-    blake2b: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,13 @@ class Manifest:
             )
         value = read_json(path, "manifest")
         version = value.get("format_version") if isinstance(value, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path}: format version {version}, this program reads {FORMAT_VERSION}; prepare the data anew"
+                f"{path}: format version {version}, this program reads 1 to {FORMAT_VERSION}; prepare the data anew"
             )
         try:
             splits = {
-                name: SplitManifest(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+                name: SplitManifest(**{**split, "shards": [_shard(shard, version) for shard in split["shards"]]})
                 for name, split in value["splits"].items()
             }
             manifest = Manifest(**{**value, "splits": splits})
@@ -221,18 +222,27 @@ class TokenData:
         total = width * sum(shard.tokens for shard in self.shards())
         with progress(description="verify shards", total=total, bytes_=True, show=show_progress) as bar:
             for shard in self.shards():
-                digest = shard_digest()
+                algorithm, _, expected = shard.digest.partition(":")
+                try:
+                    digest = digests.new(algorithm)
+                except ValueError as error:
+                    raise UserError(
+                        f"{self.folder / MANIFEST}: {shard.name} has a digest of an unknown kind ({algorithm!r}); delete "
+                        f"{self.folder} and prepare the data anew"
+                    ) from error
                 with (self.folder / shard.name).open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
                         bar.update(len(block))
-                if digest.hexdigest() != shard.blake2b:
+                if digest.hexdigest() != expected:
                     raise UserError(
-                        f"shard {self.folder / shard.name} is damaged (its BLAKE2b digest differs from the manifest's); "
+                        f"shard {self.folder / shard.name} is damaged (its digest differs from the manifest's); "
                         f"delete {self.folder} and prepare the data anew"
                     )
 
 
-def shard_digest() -> Any:
-    """The hash a shard's bytes are recorded under: BLAKE2b, 128 bits."""
-    return hashlib.blake2b(digest_size=16)
+def _shard(value: dict[str, Any], version: int) -> Shard:
+    if version == 1:
+        value = {**value}
+        value["digest"] = f"blake2b:{value.pop('blake2b')}"
+    return Shard(**value)

@@ -1,6 +1,6 @@
 """Bytes → ids at full speed: special tokens, scanner and word table, chunk by chunk, on one thread or several.
 
-    data ──regions──► [begin, end, special] ──scanner──► spans (a chunk of 16,384) ──word table──► ids ──► result
+    data ──regions──► [begin, end, special] ──scanner──► spans (a chunk of 65,536) ──word table──► ids ──► result
                                               ▲                                     │
                                               └──────────── next chunk ─────────────┘
 
@@ -31,8 +31,9 @@ from scratchlm.tokenizer.regions import Region, SpecialSearch
 from scratchlm.tokenizer.scanner import Scan, scanner_for
 from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
 
-# Spans per chunk: 256 kB of them, and about 64 kB of text.
-CHUNK = 1 << 14
+# Spans per chunk: 1 MB of them, and about 256 kB of text. (Smaller ones would stay in the first cache, but between two chunks stands
+# Python, and its lock, for which threads wait for one another.)
+CHUNK = 1 << 16
 # Bytes of text that a thread takes at a time.
 PIECE = 1 << 19
 # A piece ends at the first possible cut behind `PIECE`, looked for in windows of this many bytes.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from byte_tokenizer import ByteTokenizer, DyingTokenizer, FailingTokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -74,13 +75,13 @@ def test_the_format_is_written_down(tmp_path):
     assert found["train-00001.bin"] == b"\xb6\0l\0f\0\0\1"
     assert found["validation-00000.bin"] + found["validation-00001.bin"] == b"h\0e\0l\0d\0 \0o\0u\0t\0\0\1"
 
-    def blake2b(name: str) -> str:
-        return hashlib.blake2b(found[name], digest_size=16).hexdigest()
+    def digest(name: str) -> str:
+        return "xxh3_128:" + xxhash.xxh3_128_hexdigest(found[name])
 
     assert json.loads(found["manifest.json"]) == {
-        "format_version": 1,
-        "key": "875943b7709058c746c0304365143d12",
-        "corpus": "a17508b5f39df4d83af7380839d976c9",
+        "format_version": 2,
+        "key": "5a903527ef792fd09b1d0f54d33344d3",
+        "corpus": "c8b9b061adf5e143fdb49f01ad3e9928",
         "tokenizer": "bytes",
         "vocab_size": 257,
         "separator_id": 256,
@@ -91,8 +92,8 @@ def test_the_format_is_written_down(tmp_path):
                 "documents": 2,
                 "bytes": 10,
                 "shards": [
-                    {"name": "train-00000.bin", "tokens": 8, "blake2b": blake2b("train-00000.bin")},
-                    {"name": "train-00001.bin", "tokens": 4, "blake2b": blake2b("train-00001.bin")},
+                    {"name": "train-00000.bin", "tokens": 8, "digest": digest("train-00000.bin")},
+                    {"name": "train-00001.bin", "tokens": 4, "digest": digest("train-00001.bin")},
                 ],
             },
             "validation": {
@@ -100,12 +101,51 @@ def test_the_format_is_written_down(tmp_path):
                 "documents": 1,
                 "bytes": 8,
                 "shards": [
-                    {"name": "validation-00000.bin", "tokens": 8, "blake2b": blake2b("validation-00000.bin")},
-                    {"name": "validation-00001.bin", "tokens": 1, "blake2b": blake2b("validation-00001.bin")},
+                    {"name": "validation-00000.bin", "tokens": 8, "digest": digest("validation-00000.bin")},
+                    {"name": "validation-00001.bin", "tokens": 1, "digest": digest("validation-00001.bin")},
                 ],
             },
         },
     }
+
+
+def test_a_folder_of_format_version_1(tmp_path):
+    """As a program of before wrote it (key and fingerprint are its own): read, verified, and found to be what is asked for."""
+    (tmp_path / "a.txt").write_bytes(f"One\n{SEPARATOR}zw\u00f6lf{SEPARATOR}".encode())
+    (tmp_path / "v.txt").write_bytes(b"held out")
+    paths = {"paths": [str(tmp_path / "a.txt")], "validation_paths": [str(tmp_path / "v.txt")]}
+    corpus = open_corpus(CorpusConfig(kind="text", **paths))
+    folder = tmp_path / "out"
+    run(corpus, folder, shard_tokens=8)
+    value = json.loads((folder / "manifest.json").read_text())
+    value |= {
+        "format_version": 1,
+        "key": "875943b7709058c746c0304365143d12",
+        "corpus": "a17508b5f39df4d83af7380839d976c9",
+    }
+    for split in value["splits"].values():
+        for shard in split["shards"]:
+            del shard["digest"]
+            shard["blake2b"] = hashlib.blake2b((folder / shard["name"]).read_bytes(), digest_size=16).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(value))
+    before = content(folder)
+    data = TokenData.open(folder)
+    data.verify(show_progress=False)
+    assert data.manifest.format_version == 1
+    assert run(corpus, folder, shard_tokens=8) == data.manifest and content(folder) == before
+    with pytest.raises(UserError, match="holds tokens of another corpus"):
+        run(corpus, folder, shard_tokens=9)
+    (folder / "train-00001.bin").write_bytes(bytes(len(before["train-00001.bin"])))
+    with pytest.raises(UserError, match=r"train-00001\.bin is damaged"):
+        data.verify(show_progress=False)
+
+
+def test_a_digest_of_an_unknown_kind(tmp_path):
+    run(corpus_of(tmp_path / "text", ["one"], ["two"]), tmp_path / "out", shard_tokens=8)
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text().replace("xxh3_128:", "md5:"))
+    with pytest.raises(UserError, match=r"manifest\.json: train-00000\.bin has a digest of an unknown kind \('md5'\)"):
+        TokenData.open(tmp_path / "out").verify(show_progress=False)
 
 
 documents = st.lists(st.text(max_size=12), min_size=1, max_size=12).filter(any)
