@@ -53,8 +53,15 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
         row(f"{script}, warm", "gigatoken", figure(f"script {script}", "warm", "gigatoken", "times_ours"), 1)
         mine = figure(f"script {script}", "warm", OURS, "mb_per_s")
         row(f"{script}, warm", "our ASCII speed", round(mine / prose, 3) if mine and prose else None, 0.5)
-    row("decode, each from what it takes best", "tiktoken", figure("decode prose", "decode", "tiktoken", "times_ours"), 3)
-    mine, other = (figure("decode prose", "decode", name, "mb_per_s") for name in (f"{OURS}, from a list", "tiktoken"))
+    row(
+        "decode, each from what it takes best",
+        "tiktoken",
+        figure("decode prose", "decode", "tiktoken", "times_ours"),
+        3,
+    )
+    mine, other = (
+        figure("decode prose", "decode", name, "mb_per_s") for name in (f"{OURS}, from a list", "tiktoken")
+    )
     row("decode, both from a list", "tiktoken", round(mine / other, 2) if mine and other else None, 3)
     for size in (10_000, 32_000):
         for peer, target in {"tokenizers": 25, "rustbpe": 8, "gigatoken": 2.5}.items():

@@ -39,6 +39,7 @@ KINDS = {
 }
 
 LARGE = 64 << 20  # bytes from which hashing is worth a progress bar
+MUCH = 16 << 20  # bytes of a file from which on compiled loops are worth loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,12 @@ def cut_end(utf8: bytes, fraction: float) -> tuple[bytes, bytes]:
     return utf8[:place], utf8[place:]
 
 
+def _is_utf8(data: bytes) -> bool:
+    from scratchlm.tokenizer.utf8_check import is_utf8
+
+    return is_utf8(data)
+
+
 def valid_utf8(data: bytes, config: CorpusConfig, where: str, offset: int = 0) -> bytes:
     """`data` if it is UTF-8, else what `config.encoding_errors` makes of it; b"" for a document to skip.
 
@@ -93,6 +100,8 @@ def valid_utf8(data: bytes, config: CorpusConfig, where: str, offset: int = 0) -
         UserError: the policy is ``strict`` and a byte is not UTF-8 (its position in the file is named).
     """
     if data.isascii():  # at memory's pace
+        return data
+    if offset > MUCH and _is_utf8(data):
         return data
     try:
         data.decode("utf-8")

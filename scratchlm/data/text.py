@@ -12,12 +12,10 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from scratchlm.data.corpus import FileCorpus, valid_utf8
+from scratchlm.data.corpus import MUCH, FileCorpus, valid_utf8
 from scratchlm.errors import UserError
 
 BLOCK = 1 << 20
-# Bytes of a file from which on compiled loops are worth loading.
-_MUCH = 1 << 24
 
 
 @contextlib.contextmanager
@@ -90,7 +88,7 @@ def split_blocks(blocks: Iterable[bytes], separator: bytes) -> Iterator[tuple[in
         if not separator:
             begun.append(block)
             continue
-        *ended, rest = _split(edge + block, separator, much=offset > _MUCH)
+        *ended, rest = _split(edge + block, separator, much=offset > MUCH)
         for piece in ended:
             if begun:
                 piece = b"".join((*begun, piece))

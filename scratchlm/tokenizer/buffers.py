@@ -9,8 +9,10 @@ Pages are asked for in sizes of which the system can make huge pages (2 MB at a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
+import sys
 import weakref
 
 import numpy as np
@@ -20,13 +22,21 @@ MOST_KEPT = 1 << 28
 # From this size on two of the system's huge pages fit.
 HUGE = 1 << 22
 _FREE = getattr(mmap, "MADV_FREE", None)
+_POPULATE = 23 if sys.platform == "linux" else None  # MADV_POPULATE_WRITE, which Python has no name for
 
 
-def private_pages(size: int) -> mmap.mmap:
-    """`size` zero bytes that take memory only where they are touched, in huge pages where the system has them."""
+def private_pages(size: int, at_once: bool = False) -> mmap.mmap:
+    """`size` zero bytes in huge pages where the system has them.
+
+    They take memory only where they are touched, or all `at_once`: then the system is not called for each page, and twice for a page
+    that is read before it is written to.
+    """
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         pages.madvise(mmap.MADV_HUGEPAGE)
+    if at_once and _POPULATE is not None:
+        with contextlib.suppress(OSError):  # an older system
+            pages.madvise(_POPULATE)
     return pages
 
 

@@ -169,7 +169,9 @@ class Decoder:
 
     def _text(self, ids: np.ndarray, counted: list[tuple[int, int, int]]) -> str:
         """Raises: UnicodeDecodeError: these are not the bytes of a text."""
-        decode = codecs.getincrementaldecoder("utf-8")("strict").decode  # keeps a character that the end of a step cuts
+        decode = codecs.getincrementaldecoder("utf-8")(
+            "strict"
+        ).decode  # keeps a character that the end of a step cuts
         buffer = np.empty(max((size for size, *_ in counted), default=0), np.uint8)
         parts = (decode(buffer[: self._copy(step, buffer, 0)].data) for _, step in _steps(ids))
         characters, widths = sum(number for _, number, _ in counted), 0
@@ -269,4 +271,10 @@ _new_str.argtypes = [ctypes.c_ssize_t, ctypes.c_uint32]
 # The str to be written to is given as its address: Python allows no second reference to it, not even that of a call.
 _copy_characters = ctypes.pythonapi.PyUnicode_CopyCharacters
 _copy_characters.restype = ctypes.c_ssize_t
-_copy_characters.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.py_object, ctypes.c_ssize_t, ctypes.c_ssize_t]
+_copy_characters.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_ssize_t,
+    ctypes.py_object,
+    ctypes.c_ssize_t,
+    ctypes.c_ssize_t,
+]

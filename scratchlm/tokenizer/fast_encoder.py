@@ -28,12 +28,14 @@ from scratchlm.tokenizer.buffers import HUGE, Buffers
 from scratchlm.tokenizer.merge_table import MergeTable, merge_table
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.regions import Region, SpecialSearch
-from scratchlm.tokenizer.scanner import Scan, scanner_for
+from scratchlm.tokenizer.scanner import Scanner, scanner_for
 from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
 
 # Spans per chunk: 1 MB of them, and about 256 kB of text. (Smaller ones would stay in the first cache, but between two chunks stands
 # Python, and its lock, for which threads wait for one another.)
 CHUNK = 1 << 16
+# In shorter texts, which are a chunk or two, nothing is gained by the compiled loop over chunks.
+_MANY_CHUNKS = 1 << 18
 # Bytes of text that a thread takes at a time.
 PIECE = 1 << 19
 # A piece ends at the first possible cut behind `PIECE`, looked for in windows of this many bytes.
@@ -137,7 +139,7 @@ class FastEncoder:
         """
         array, tail = _with_tail(data)
         marks = np.empty(len(regions), np.int64)
-        result = _Ids(self._dtype, len(array))
+        result = _Ids(self._dtype, max(len(array), HUGE) if len(array) > PIECE else len(array), self.buffers)
         worker = self._worker()
         worker.encode(array, tail, regions, result, marks)
         self._free.append(worker)
@@ -232,7 +234,7 @@ class _Worker:
         self,
         number: int,
         pattern: Pattern,
-        scanner: Scan | None,
+        scanner: Scanner | None,
         merges: MergeTable,
         whole: Any,
         cache_bytes: int,
@@ -281,6 +283,11 @@ class _Worker:
         """Append the ids of `regions` to `ids`; ``marks[i]`` becomes their number behind region i. Without `keep` they
         are written over one another. Returns how many there were."""
         spans = self._spans
+        if self._scanner and keep and len(data) > _MANY_CHUNKS:
+            before = ids.n
+            self.table.start(marks)
+            self.table.encode_text(self._scanner, data, tail, regions, spans, ids)
+            return ids.n - before
         fill = self._scan(data, regions) if self._scanner else _matches(self._pattern, data, regions)
         self.table.start(marks)
         total = 0

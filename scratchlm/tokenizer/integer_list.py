@@ -46,7 +46,11 @@ def forms() -> Forms | None:
     numbers = [0, 1, 2, 255, 256, 257, 65_536, (1 << 30) - 1, -1, 1 << 30, True]
     items = _word(id(numbers) + _ITEMS)
     # The first one tells whether that is where the items are.
-    if items % 8 or items == 0 or [_word(items + 8 * place) for place in range(len(numbers))] != list(map(id, numbers)):
+    if (
+        items % 8
+        or items == 0
+        or [_word(items + 8 * place) for place in range(len(numbers))] != list(map(id, numbers))
+    ):
         return None
     kinds = [_word(id(number) + _TYPE) for number in numbers]
     found = [_word(id(number) + _FORM) for number in numbers]

@@ -154,7 +154,7 @@ def _ask_for(builder, address):
     builder.call(function, [address, _INT(0), _INT(3), _INT(1)])
 
 
-class _Sixteen(types.Type):  # type: ignore[misc]  # Numba has no stubs
+class _Sixteen(types.Type):
     """16 uint32 in one vector register."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ _SIXTEEN, _VECTOR = _Sixteen(), ir.VectorType(_INT, 16)
 
 
 @register_model(_Sixteen)
-class _SixteenModel(models.PrimitiveModel):  # type: ignore[misc]
+class _SixteenModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -215,21 +215,6 @@ def _least(builder, vector):
         builder.module, ir.FunctionType(kind.element, [kind]), name
     )
     return builder.call(function, [vector])
-
-
-@built_in
-def nearest8(typing, array, offset, value):
-    """The smallest of the 8 differences (uint64, so that what is less than `value` is far above) from `value` to what lies at byte `offset`."""
-
-    def build(context, builder, signature, arguments):
-        vector = ir.VectorType(_LONG, 8)
-        undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_INT, 8), [0] * 8)
-        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
-        rows = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
-        every = builder.shuffle_vector(builder.insert_element(undefined, arguments[2], _INT(0)), undefined, zeros)
-        return _least(builder, builder.sub(rows, every))
-
-    return types.uint64(array, types.int64, types.uint64), build
 
 
 @built_in

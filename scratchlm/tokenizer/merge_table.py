@@ -46,7 +46,18 @@ from numba.core import types
 
 from scratchlm.tokenizer.buffers import private_pages
 from scratchlm.tokenizer.encoder import merge_tokens
-from scratchlm.tokenizer.machine_words import U, highest_bit, inner, least, least16, load16, lowest_bit, nearest8, prefetch, put, stamp
+from scratchlm.tokenizer.machine_words import (
+    U,
+    highest_bit,
+    inner,
+    least,
+    least16,
+    load16,
+    lowest_bit,
+    prefetch,
+    put,
+    stamp,
+)
 from scratchlm.tokenizer.on_demand import OnDemand
 
 ID_BITS = 21
@@ -146,7 +157,9 @@ def rank_of(left, right, pairs):
     group = ((key * _MIX) >> _TOP) & mask
     while True:
         last = pairs[group + U(3)]
-        rank = min(min(pairs[group] - zero, pairs[group + U(1)] - zero), min(pairs[group + U(2)] - zero, last - zero))
+        rank = min(
+            min(pairs[group] - zero, pairs[group + U(1)] - zero), min(pairs[group + U(2)] - zero, last - zero)
+        )
         if (rank < _NO_RANK) | (last == _EMPTY):
             return min(rank, _NO_RANK)
         group = (group + U(_PER_GROUP)) & mask
@@ -161,10 +174,10 @@ def merge_shortest(data, begin, length, pairs, small, tokens, keys):
     tokens[0] = tokens[length + 1] = _WALL
     first, first_id = data[begin], small[_FIRST_ID]
     tokens[1] = small[_BYTE_IDS + first]
-    for place in range(1, length):
-        second = data[begin + place]
-        tokens[place + 1] = small[_BYTE_IDS + second]
-        keys[place] = np.uint32((small[(first << 8) | second] << 6) | place)
+    for index in range(1, length):
+        second = data[begin + index]
+        tokens[index + 1] = small[_BYTE_IDS + second]
+        keys[index] = np.uint32((small[(first << 8) | second] << 6) | index)
         first = second
     vector = load16(keys, 0)
     alive = (U(4) << U(length)) - _ONE  # with both walls
@@ -173,7 +186,7 @@ def merge_shortest(data, begin, length, pairs, small, tokens, keys):
         rank = best >> 6
         if rank >= MOST_MERGES:
             return alive & ((_ONE << U(length)) - _ONE) << _ONE
-        place = np.int64(best & 63)
+        place: Any = np.int64(best & 63)
         made = np.uint32(first_id + rank) if first_id != 0 else small[_MERGED + rank]
         tokens[place] = made
         behind = _ALL_BUT_ONE << U(place)
@@ -181,7 +194,10 @@ def merge_shortest(data, begin, length, pairs, small, tokens, keys):
         alive ^= _ONE << U(right)
         later, earlier = lowest_bit(alive & behind), highest_bit(alive & ~(_EMPTY << U(place)))
         vector = put(vector, right, _NO_KEY)
-        with_later, with_earlier = rank_of(U(made), U(tokens[later]), pairs), rank_of(U(tokens[earlier]), U(made), pairs)
+        with_later, with_earlier = (
+            rank_of(U(made), U(tokens[later]), pairs),
+            rank_of(U(tokens[earlier]), U(made), pairs),
+        )
         vector = put(vector, place, np.uint32((with_later << U(6)) | U(place)))
         vector = put(vector, earlier, np.uint32((with_earlier << U(6)) | U(earlier)))
 

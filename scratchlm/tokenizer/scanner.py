@@ -15,6 +15,7 @@ Importing this module loads no Numba; the first call of a scanner does, and comp
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
@@ -53,32 +54,44 @@ class Scanner:
         self.name = name
         self._family = family
         self._option = option
-        self._compiled: Any = None
 
     def __call__(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
-        if self._compiled is None:
-            self._tables = class_pages()
-            module = importlib.import_module(f"scratchlm.tokenizer.scanner_{self._family}")
-            blocks = importlib.import_module("scratchlm.tokenizer.scanner_blocks")
-            self._longer, self._edge, self._beyond = module.longer, blocks.EDGE, blocks.READ
-            self._compiled = module.scan
+        arguments = self.arguments(data)
+        row = 0
+        while True:
+            row += self.compiled(*arguments(regions, cursor, spans[row:]))
+            if row == len(spans) or cursor[0] == len(regions):
+                return row
+            row += self.by_reference(data, regions, cursor, spans[row:])
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The function that Numba compiles."""
+        return self._module.scan
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        return importlib.import_module(f"scratchlm.tokenizer.scanner_{self._family}")
+
+    @functools.cached_property
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return class_pages()
+
+    def arguments(self, data: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, ...]]:
+        """(regions, cursor, spans) → all arguments of `compiled` for the text `data`."""
+        blocks = importlib.import_module("scratchlm.tokenizer.scanner_blocks")
         if data.flags.writeable:  # to Numba, arrays that may be written to are another type: one is enough
             data = data.view()
             data.flags.writeable = False
-        edge = np.zeros(self._edge + self._beyond, np.uint8)
-        last = data[-self._edge :]
-        edge[self._edge - len(last) : self._edge] = last
+        edge = np.zeros(blocks.EDGE + blocks.READ, np.uint8)
+        last = data[-blocks.EDGE :]
+        edge[blocks.EDGE - len(last) : blocks.EDGE] = last
         edge.flags.writeable = False
-        row = 0
-        while True:
-            row += self._compiled(
-                data, regions, cursor, spans[row:], *self._tables, self._option, edge, self._longer.address()
-            )
-            if row == len(spans) or cursor[0] == len(regions):
-                return row
-            row += self._by_reference(data, regions, cursor, spans[row:])
+        return lambda regions, cursor, spans: (
+            data, regions, cursor, spans, *self._tables, self._option, edge, self._module.longer.address()
+        )  # fmt: skip
 
-    def _by_reference(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
+    def by_reference(self, data: np.ndarray, regions: np.ndarray, cursor: np.ndarray, spans: np.ndarray) -> int:
         """End the pre-token at `cursor` in plain Python; or, if it is long or one of many, compile what ends it, and do nothing."""
         region, at = cursor.tolist()
         end = int(regions[region, 1]) - at
@@ -86,9 +99,9 @@ class Scanner:
         try:
             length = match(data[at : at + min(end, _LOOK)].tobytes(), 0, end, *self._tables, self._option)
         except IndexError:  # it wants to see what lies beyond
-            self._longer.address(at_once=True)
+            self._module.longer.address(at_once=True)
             return 0
-        if self._longer.address(length):
+        if self._module.longer.address(length):
             return 0
         spans[0] = at, at + length
         cursor[1] = at + length

@@ -29,7 +29,7 @@ One table belongs to one thread at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -49,11 +49,14 @@ from scratchlm.tokenizer.merge_table import (
 from scratchlm.tokenizer.on_demand import address_of, call
 from scratchlm.tokenizer.scanner_blocks import borrowed
 
+if TYPE_CHECKING:
+    from scratchlm.tokenizer.scanner import Scanner
+
 _ONE, _NONE = U(1), U(0)
 _BATCH = 128
 _ROW = 32
 _GROUP = 16
-_FEWEST = 1 << 10  # rows of a new table
+_FEWEST = 1 << 12  # rows of a new table
 # Longer pre-tokens are merged anew each time: few come twice, and they would fill the ring.
 MOST_CACHED = 128
 # Addresses in working memory are int32.
@@ -411,8 +414,17 @@ def whole_words(tokens: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
     return whole, pool
 
 
-def _zeros(size: int) -> np.ndarray:
-    return np.frombuffer(private_pages(size), np.uint8)
+def _zeros(size: int, at_once: bool = False) -> np.ndarray:
+    return np.frombuffer(private_pages(size, at_once), np.uint8)
+
+
+class Room(Protocol):
+    """Where ids are written to."""
+
+    array: np.ndarray
+    n: int
+
+    def reserve(self, more: int) -> None: ...
 
 
 class WordTable:
@@ -433,6 +445,7 @@ class WordTable:
         self._tokens, self._keys = np.empty(SHORT, np.uint32), np.empty(SHORT, np.uint32)
         self._state = np.zeros(9, np.int64)
         self._marks = _NO_MARKS
+        self._entries: dict[tuple[str, np.dtype], tuple[int, int]] = {}  # of scanner and `encode_spans`
         # Sizes are powers of two.
         self._most_rows = max(1 << 6, 1 << (max(most // 2 // _ROW, 1).bit_length() - 1))
         self._most_ring = max(1 << 14, self._most_rows * _ROW)
@@ -447,7 +460,7 @@ class WordTable:
         return self._rows.nbytes + self._ring.nbytes
 
     def _more_rows(self, rows: int) -> None:
-        larger = _zeros(rows * _ROW).view(np.uint64)
+        larger = _zeros(rows * _ROW, at_once=True).view(np.uint64)
         self._state[_FILLED] = copy_rows(self._rows, larger) if len(self._rows) else 0
         self._rows = larger
         self._state[_LIMIT] = rows // 2 if rows < self._most_rows else rows + 1
@@ -475,33 +488,85 @@ class WordTable:
         Returns:
             (spans done, ids written, room wanted): when not all are done, `ids` wants so much room behind them.
         """
-        state = self._state
-        state[_IDS] = n
+        self._state[_IDS] = n
         while True:
-            state[_AMOUNT] = 0
-            first = encode_spans(
-                data, tail, spans, first, end, self._rows, self._ring, self._merges.pairs, self._merges.small,
-                self._heads, self._bits, self._scratch, self._work, self._tokens, self._keys, *self._whole, ids, self._marks, state,
-                merge_long.address(),
+            first = encode_spans(*self._arguments(data, tail, spans, first, end, ids))
+            first, room = self._answer(data, spans, first, ids)
+            if first == end or room:
+                return first, int(self._state[_IDS]), room
+
+    def encode_text(
+        self,
+        scanner: Scanner,
+        data: np.ndarray,
+        tail: np.ndarray,
+        regions: np.ndarray,
+        spans: np.ndarray,
+        ids: Room,
+    ) -> None:
+        """Append the ids of `regions` to `ids`; `spans` are working memory. As scanning and :meth:`encode` in turn, in one compiled loop."""
+        from scratchlm.tokenizer.text_loop import entry, text_loop
+
+        state = self._state
+        state[_IDS] = ids.n
+        cursor = np.array([0, regions[0, 0]], np.int64)
+        scan = scanner.arguments(data)
+        kinds = scanner.name, ids.array.dtype
+        if kinds not in self._entries:
+            self._entries[kinds] = (
+                entry(scanner.compiled, scan(regions[:0], cursor, spans)),
+                entry(encode_spans, self._arguments(data, tail, spans, 0, 0, ids.array)),
+            )
+        starting, table = self._entries[kinds]
+        first = count = 0
+        while True:
+            _, _, _, _, *scanning = scan(regions, cursor, spans)
+            words = self._arguments(data, tail, spans, 0, 0, ids.array)
+            first, count = text_loop(
+                starting, regions, cursor, *scanning, table, *words[:3], *words[5:], first, count
             )  # fmt: skip
-            wanted, amount = int(state[_WANTED]), int(state[_AMOUNT])
-            if wanted in (_NOTHING, _ROOM):
-                return first, int(state[_IDS]), amount + ROOM
-            if wanted == _MORE_ROWS:
-                self._more_rows(2 * (len(self._rows) >> 2))
-            elif wanted == _MORE_RING:
-                self._more_ring()
-            elif wanted == _LONG_WORD:
-                begin, behind = spans[first].tolist()
-                if len(self._whole[0]) == 4 and not merge_long.address(behind - begin):
-                    word = self._merges.plain(data[begin:behind].tobytes())
-                    n = int(state[_IDS])
-                    ids[n : n + len(word)] = word
-                    state[_IDS] = n + len(word)
-                    first += 1
-                else:
-                    merge_long.address(at_once=True)
-            elif amount > LONGEST:
+            if count == 0:
+                if cursor[0] == len(regions):
+                    break
+                count = scanner.by_reference(data, regions, cursor, spans)
+                continue
+            first, room = self._answer(data, spans, first, ids.array)
+            ids.n = int(state[_IDS])
+            if room:
+                ids.reserve(room)
+        ids.n = int(state[_IDS])
+
+    def _arguments(
+        self, data: np.ndarray, tail: np.ndarray, spans: np.ndarray, first: int, end: int, ids: np.ndarray
+    ) -> tuple[Any, ...]:
+        """Of `encode_spans`."""
+        return (
+            data, tail, spans, first, end, self._rows, self._ring, self._merges.pairs, self._merges.small, self._heads, self._bits,
+            self._scratch, self._work, self._tokens, self._keys, *self._whole, ids, self._marks, self._state, merge_long.address(),
+        )  # fmt: skip
+
+    def _answer(self, data: np.ndarray, spans: np.ndarray, first: int, ids: np.ndarray) -> tuple[int, int]:
+        """Give the compiled loop what it stopped for before span `first`. Returns where to go on, and room wanted behind the ids (0: none)."""
+        state = self._state
+        wanted, amount = int(state[_WANTED]), int(state[_AMOUNT])
+        state[_AMOUNT] = 0
+        if wanted == _ROOM:
+            return first, amount + ROOM
+        if wanted == _MORE_ROWS:
+            self._more_rows(2 * (len(self._rows) >> 2))
+        elif wanted == _MORE_RING:
+            self._more_ring()
+        elif wanted == _LONG_WORD:
+            begin, behind = spans[first].tolist()
+            if len(self._whole[0]) == 4 and not merge_long.address(behind - begin):
+                word = self._merges.plain(data[begin:behind].tobytes())
+                n = int(state[_IDS])
+                ids[n : n + len(word)] = word
+                state[_IDS] = n + len(word)
+                return first + 1, 0
+            merge_long.address(at_once=True)
+        elif wanted == _SCRATCH:
+            if amount > LONGEST:
                 raise UserError(f"a pre-token of {amount:,} bytes is too long; the longest may have {LONGEST:,}")
-            else:
-                self._scratch = np.empty(scratch_size(amount, self._merges.merges), np.int32)
+            self._scratch = np.empty(scratch_size(amount, self._merges.merges), np.int32)
+        return first, 0

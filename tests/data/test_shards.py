@@ -144,7 +144,9 @@ def test_a_digest_of_an_unknown_kind(tmp_path):
     run(corpus_of(tmp_path / "text", ["one"], ["two"]), tmp_path / "out", shard_tokens=8)
     path = tmp_path / "out" / "manifest.json"
     path.write_text(path.read_text().replace("xxh3_128:", "md5:"))
-    with pytest.raises(UserError, match=r"manifest\.json: train-00000\.bin has a digest of an unknown kind \('md5'\)"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: train-00000\.bin has a digest of an unknown kind \('md5'\)"
+    ):
         TokenData.open(tmp_path / "out").verify(show_progress=False)
 
 

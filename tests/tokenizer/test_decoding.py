@@ -22,11 +22,18 @@ def _always_compiled(monkeypatch):
     monkeypatch.setattr(decoder, "_FIRST", -1)
 
 
-LETTERS = {"ascii": "az \n\0\x7f", "latin": "\x80éÿ", "16 bits": "Āж漢\ud7ff\ue000\uffff", "more": "😀\U00010000\U0010ffff"}
+LETTERS = {
+    "ascii": "az \n\0\x7f",
+    "latin": "\x80éÿ",
+    "16 bits": "Āж漢\ud7ff\ue000\uffff",
+    "more": "😀\U00010000\U0010ffff",
+}
 
 
 @given(
-    parts=st.lists(st.sampled_from([*LETTERS["ascii"], *LETTERS["latin"], *LETTERS["16 bits"], *LETTERS["more"]]), max_size=40),
+    parts=st.lists(
+        st.sampled_from([*LETTERS["ascii"], *LETTERS["latin"], *LETTERS["16 bits"], *LETTERS["more"]]), max_size=40
+    ),
     widest=st.sampled_from(list(LETTERS)),
     step=st.integers(1, 9),
 )

@@ -306,3 +306,36 @@ def test_decoding_step_by_step(step, monkeypatch):
         for numbers in ([*single, index, 5], np.array([*single, index, 5])):
             with pytest.raises(UserError, match=f"id {index} at position {len(single)} is not in the vocabulary"):
                 trained.decode(numbers)
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k"])
+@pytest.mark.parametrize("patience", [1 << 40, 0], ids=["plain Python", "compiled"])
+def test_scanner_and_table_in_one_loop(pattern, patience, monkeypatch):
+    """A text of many chunks, with all that the loop stops for: more rows, more ring, room, long words, and what only Python ends."""
+    monkeypatch.setattr(fast_encoder, "_MANY_CHUNKS", 0)
+    monkeypatch.setattr(fast_encoder, "CHUNK", 7)
+    monkeypatch.setattr(fast_encoder, "_expected", lambda text: fast_encoder.ROOM)
+    trained = oracle.trained()
+    tokenizer = Tokenizer(trained.vocab, trained.merges, [oracle.EOT], pattern, cache_bytes=1 << 21)
+    scanner = tokenizer._encoder._fast._scanner
+    assert scanner is not None
+    for lazy in (merge_table.merge_long, scanner._module.longer):
+        monkeypatch.setattr(lazy, "_compiled", None)
+        monkeypatch.setattr(lazy, "_patience", patience)
+    rng = random.Random(4)
+    words = [
+        "".join(rng.choices("abcdehrté漢\n 1'", k=rng.choice([1, 3, 8, 15, 16, 40, 70, 700]))) for _ in range(1500)
+    ]
+    text = " ".join(rng.choices(words, k=4000)) + oracle.EOT + " ".join(words)
+    worker = tokenizer._encoder._fast._worker()
+    rows = len(worker.table._rows)
+    tokenizer._encoder._fast._free.append(worker)
+    expected = plain(tokenizer, text)
+    for _ in range(2):
+        assert tokenizer.encode_array(text).tolist() == expected
+    assert len(worker.table._rows) > rows and worker.table._entries
+    assert [ids.tolist() for ids in tokenizer.encode_batch([text, text[5:]])] == [
+        expected,
+        plain(tokenizer, text[5:]),
+    ]
+    assert tokenizer.count_tokens(text) == len(expected)

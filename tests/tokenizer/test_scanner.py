@@ -202,9 +202,9 @@ for name in sys.argv[1:]:
     scan, data = scanner_for(name), np.zeros(9, np.uint8)
     for data.flags.writeable in (True, False):  # one compiled version for both
         scan(data, np.array([[0, 9, -1]]), np.zeros(2, np.int64), np.zeros((9, 2), np.int64))
-    stats = scan._compiled.stats
-    scan._longer.address(at_once=True)
-    longer = scan._longer._compiled.cache_hits
+    stats = scan.compiled.stats
+    scan._module.longer.address(at_once=True)
+    longer = scan._module.longer._compiled.cache_hits
     print(name, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), longer)
 """
 
@@ -228,8 +228,8 @@ def test_pre_tokens_longer_than_a_block(name, patience, monkeypatch):
     pattern, scan = next((text, scanner_for(text)) for text, found in WITH_SCANNER.items() if found == name)
     assert scan is not None
     oracle.scan_all(scan, b"x", [(0, 1, -1)])  # loads it
-    monkeypatch.setattr(scan._longer, "_compiled", None)
-    monkeypatch.setattr(scan._longer, "_patience", patience)
+    monkeypatch.setattr(scan._module.longer, "_compiled", None)
+    monkeypatch.setattr(scan._module.longer, "_patience", patience)
     for size in (63, 64, 65, 66, 67, 68, 130, 500, 2047, 2048, 2049, 3000):
         runs = ["a", " ", "\n", "-", "é", "漢", "\u3000", "A", "1", "'", "\n ", "日A", "/"]
         tails = ["", "x", "\n", "\n x", "l", "'s", "日", " ", "\u0301", "\n/"]
