@@ -430,7 +430,7 @@ def _watched(chunks: Iterable[str], forbidden: SpecialSplitter | None) -> Iterat
 def _compiled_before() -> bool:
     """Whether the encoder was compiled on this machine, as far as one can tell without loading it."""
     from scratchlm.tokenizer.compiling import kept
-    from scratchlm.tokenizer.word_table import encode_spans
+    from scratchlm.tokenizer.word_rows import encode_spans
 
     compiled: Any = encode_spans
     return kept(compiled.py_func)

@@ -29,7 +29,8 @@ from scratchlm.tokenizer.merge_table import MergeTable, merge_table
 from scratchlm.tokenizer.patterns import Pattern
 from scratchlm.tokenizer.regions import Region, SpecialSearch
 from scratchlm.tokenizer.scanner import Scanner, scanner_for
-from scratchlm.tokenizer.word_table import ROOM, WordTable, whole_words
+from scratchlm.tokenizer.word_rows import ROOM, whole_words
+from scratchlm.tokenizer.word_table import WordTable
 
 # Spans per chunk: 1 MB of them, and about 256 kB of text. (Smaller ones would stay in the first cache, but between two chunks stands
 # Python, and its lock, for which threads wait for one another.)
