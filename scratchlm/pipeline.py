@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scratchlm.config import Recipe, plain
-from scratchlm.data import open_corpus, prepare
+from scratchlm.data import digests, open_corpus, prepare
 from scratchlm.data.corpus import Corpus
-from scratchlm.data.tokens import FORMAT_VERSION, TokenData
+from scratchlm.data.tokens import TokenData
 from scratchlm.errors import UserError
 from scratchlm.files import atomic_directory, file_hash, lock, read_json, stable_hash, write_json
 from scratchlm.model.config import ModelConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 STEPS = ("tokenizer", "data", "train", "evaluate", "sample", "report")
 
-VERSIONS = {"tokenizer": 1, "data": FORMAT_VERSION, "evaluate": 1, "sample": 1, "report": 1}
+VERSIONS = {"tokenizer": 1, "data": 1, "evaluate": 1, "sample": 1, "report": 1}
 """Part of each step's key. Raised when the same inputs give another result than before: merges, shards, figures, texts,
 pages. (Training's is ``FORMAT_VERSION`` of :mod:`scratchlm.train.loop`, kept in the checkpoints.)"""
 
@@ -113,6 +113,20 @@ class Pipeline:
     def fingerprint(self) -> str:
         return self.corpus.fingerprint(show_progress=self.show_progress)
 
+    def _key_of_corpus(self, step: str, **fields: Any) -> str:
+        """The key of a step that follows from the corpus and `fields`.
+
+        A run that was begun when corpora were hashed by BLAKE2b keeps its keys, and finds its tokenizer and its tokens by them.
+        """
+        key, recorded = _key(step, corpus=self.fingerprint, **fields), self.folder.key(step)
+        if recorded in (None, key):
+            return key
+        before = self.corpus.fingerprint(show_progress=self.show_progress, algorithm=digests.BEFORE)
+        if _key(step, corpus=before, **fields) == recorded:
+            self.__dict__["fingerprint"] = before
+            return recorded
+        return key
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Train the tokenizer, or take it from the cache, from where the recipe says, or from the finished run."""
@@ -124,7 +138,7 @@ class Pipeline:
             key, action = tokenizer.content_hash, "skipped"
         else:
             fields = {name: value for name, value in plain(config).items() if name != "path"}
-            key = _key("tokenizer", corpus=self.fingerprint, **fields)
+            key = self._key_of_corpus("tokenizer", **fields)
             tokenizer, action = self._trained_tokenizer(key)
         self._check_tokenizer(tokenizer)
         self.folder.refuse_change("tokenizer", key, "the corpus or the tokenizer")
@@ -192,9 +206,8 @@ class Pipeline:
         """Tokenise the corpus, or take it from the cache."""
         tokenizer = self.tokenizer
         config, started = self.recipe.data, time.perf_counter()
-        key = _key(
+        key = self._key_of_corpus(
             "data",
-            corpus=self.fingerprint,
             tokenizer=tokenizer.content_hash,
             separator=self.separator_id,
             shard_tokens=config.shard_tokens,

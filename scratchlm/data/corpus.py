@@ -39,7 +39,8 @@ KINDS = {
 }
 
 LARGE = 64 << 20  # bytes from which hashing is worth a progress bar
-MUCH = 16 << 20  # bytes of a file from which on compiled loops are worth loading
+MUCH = 16 << 20  # bytes into a file from where on compiled loops are worth loading
+LONG = 1 << 12  # bytes of a document from which on they are worth a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def valid_utf8(data: bytes, config: CorpusConfig, where: str, offset: int = 0) -
     """
     if data.isascii():  # at memory's pace
         return data
-    if offset > MUCH and _is_utf8(data):
+    if len(data) >= LONG and offset + len(data) > MUCH and _is_utf8(data):
         return data
     try:
         data.decode("utf-8")

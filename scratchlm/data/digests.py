@@ -14,7 +14,7 @@ import xxhash
 
 # What is written today. Folders of before carry BLAKE2b (128 bits) and can still be read.
 ALGORITHM = "xxh3_128"
-_BEFORE = "blake2b"
+BEFORE = "blake2b"
 
 
 def new(algorithm: str = ALGORITHM) -> Any:
@@ -25,7 +25,7 @@ def new(algorithm: str = ALGORITHM) -> Any:
     """
     if algorithm == ALGORITHM:
         return xxhash.xxh3_128()
-    if algorithm == _BEFORE:
+    if algorithm == BEFORE:
         return hashlib.blake2b(digest_size=16)
     raise ValueError(f"unknown hash algorithm {algorithm!r}")
 

@@ -86,7 +86,7 @@ def prepare(
         if version == FORMAT_VERSION:
             fingerprint = corpus.fingerprint(show_progress=show)
         else:
-            fingerprint = corpus.fingerprint(show_progress=show, algorithm="blake2b")
+            fingerprint = corpus.fingerprint(show_progress=show, algorithm=digests.BEFORE)
         key = {
             "format_version": version,
             "corpus": fingerprint,
@@ -263,6 +263,11 @@ class _Journal:
         folder = self.path.parent
         value = read_json(self.path, "journal")
         try:
+            if value.get("format_version", 1) != FORMAT_VERSION:
+                raise UserError(
+                    f"{folder} holds unfinished tokens that an earlier version began (format {value.get('format_version', 1)}, "
+                    f"now {FORMAT_VERSION}); delete it and run again, or finish it with that version"
+                )
             if value["key"] != key:
                 raise UserError(
                     f"{folder} holds unfinished tokens of another corpus, tokenizer or setting; choose another folder or "
@@ -290,7 +295,9 @@ class _Journal:
 
     def _write(self, key: str) -> None:
         shards = {split: [dataclasses.asdict(shard) for shard in done] for split, done in self.shards.items()}
-        write_json(self.path, {"key": key, "shards": shards, "finished": self.finished})
+        write_json(
+            self.path, {"format_version": FORMAT_VERSION, "key": key, "shards": shards, "finished": self.finished}
+        )
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[bytes]]:

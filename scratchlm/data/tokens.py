@@ -245,4 +245,7 @@ def _shard(value: dict[str, Any], version: int) -> Shard:
     if version == 1:
         value = {**value}
         value["digest"] = f"blake2b:{value.pop('blake2b')}"
-    return Shard(**value)
+    shard = Shard(**value)
+    if not isinstance(shard.digest, str):
+        raise TypeError(f"digest {shard.digest!r}")
+    return shard

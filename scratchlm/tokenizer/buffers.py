@@ -31,6 +31,8 @@ def private_pages(size: int, at_once: bool = False) -> mmap.mmap:
     They take memory only where they are touched, or all `at_once`: then the system is not called for each page, and twice for a page
     that is read before it is written to.
     """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -27,9 +27,9 @@ from scratchlm.tokenizer import count_table
 from scratchlm.tokenizer.compiling import announce
 from scratchlm.tokenizer.count_table import PAD, CountTable
 from scratchlm.tokenizer.counting import Documents, FileRange, WordCounts, lone_surrogate
-from scratchlm.tokenizer.machine_words import load64, outer
 from scratchlm.tokenizer.merging import Tick
 from scratchlm.tokenizer.scanner import Scan
+from scratchlm.tokenizer.utf8_check import valid_until
 
 # Spans, and the text they cover, stay in the second-level cache. With far fewer, threads would wait for Python's lock.
 _SPANS = 16384
@@ -37,42 +37,6 @@ _WINDOW = 4 << 20
 # A named pattern looks three characters past a match, or to the end of the white space or of the letters that follow: the
 # last pre-token may change, in a run of capitals two, and before a blank end three.
 _UNDECIDED = 8
-
-
-@outer
-def _valid_until(data, begin, end):
-    """The first byte from `begin` on that is not UTF-8 or belongs to a character cut off by `end`; `end` if there is none."""
-    at = begin
-    ascii_only = np.uint64(0x8080808080808080)
-    while at < end:
-        while at + 8 <= end and load64(data, at) & ascii_only == np.uint64(0):
-            at += 8
-        if at == end:
-            break
-        lead = data[at]
-        if lead < 0x80:
-            at += 1
-            continue
-        size = 2 if lead < 0xE0 else (3 if lead < 0xF0 else 4)
-        if lead < 0xC2 or lead > 0xF4 or at + size > end:
-            return at
-        second = data[at + 1]
-        low, high = 0x80, 0xBF
-        if lead == 0xE0:
-            low = 0xA0
-        elif lead == 0xED:
-            high = 0x9F
-        elif lead == 0xF0:
-            low = 0x90
-        elif lead == 0xF4:
-            high = 0x8F
-        if second < low or second > high:
-            return at
-        for more in range(2, size):
-            if data[at + more] & 0xC0 != 0x80:
-                return at
-        at += size
-    return end
 
 
 class _Specials:
@@ -159,7 +123,7 @@ class FastCounter:
                 position += read
                 filled = held + read
                 final = position >= job.stop or not read
-                end = int(_valid_until(self._data, 0, filled))
+                end = int(valid_until(self._data, 0, filled))
                 if end < filled and (final or filled - end > 3):
                     self._refuse(job, position - filled, filled, end)
                 if final:

@@ -55,19 +55,19 @@ class Decoder:
         listed = self._listed(ids)
         if self._are_few(listed):
             return self._join(listed).decode("utf-8", errors="replace")
-        array = self._as_array(listed)
-        counted = [self._count(step, array) for step in _steps(array)]
+        numbers = self._as_array(listed)
+        counted = [self._count(step, numbers) for step in _steps(numbers)]
         try:
-            return self._text(array, counted)
+            return self._text(numbers, counted)
         except (UnicodeDecodeError, SystemError):  # no UTF-8; or a Python that lets nobody write to a new str
-            return self._bytes(array, counted).decode("utf-8", errors="replace")
+            return self._bytes(numbers, counted).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         listed = self._listed(ids)
         if self._are_few(listed):
             return self._join(listed)
-        array = self._as_array(listed)
-        return self._bytes(array, [self._count(step, array) for step in _steps(array)])
+        numbers = self._as_array(listed)
+        return self._bytes(numbers, [self._count(step, numbers) for step in _steps(numbers)])
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
         texts = []
@@ -182,7 +182,12 @@ class Decoder:
         return text
 
     def _copy(self, step: np.ndarray, buffer: np.ndarray, at: int) -> int:
-        return int(_loops()[1](step, *self._tables[:2], buffer, at))
+        behind = int(_loops()[1](step, *self._tables[:2], buffer, at))
+        if behind < 0:
+            raise UserError(
+                "the ids to decode were changed while they were decoded; give an array that nobody writes to"
+            )
+        return behind
 
 
 def _steps(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -206,7 +206,7 @@ class TextEncoder:
                 fast = FastEncoder(
                     self._pattern, self._byte_ids, self._ranks, self._whole, self._dtype, self._cache_bytes
                 )
-                fast.encode(b"warm up", [(0, 7, -1)])
+                fast.warm_up()
             self._fast_encoder = fast
         return self._fast_encoder
 

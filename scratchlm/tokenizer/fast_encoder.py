@@ -32,8 +32,7 @@ from scratchlm.tokenizer.scanner import Scanner, scanner_for
 from scratchlm.tokenizer.word_rows import ROOM, whole_words
 from scratchlm.tokenizer.word_table import WordTable
 
-# Spans per chunk: 1 MB of them, and about 256 kB of text. (Smaller ones would stay in the first cache, but between two chunks stands
-# Python, and its lock, for which threads wait for one another.)
+# Spans per chunk: 1 MB of them, and about 256 kB of text. (A quarter would stay in the second cache, and take 5 % longer.)
 CHUNK = 1 << 16
 # In shorter texts, which are a chunk or two, nothing is gained by the compiled loop over chunks.
 _MANY_CHUNKS = 1 << 18
@@ -75,6 +74,14 @@ class FastEncoder:
         self._free: list[_Worker] = []  # workers that wait for something to do
         self._numbers = count()
         self.buffers = Buffers()
+
+    def warm_up(self) -> None:
+        """Compile, or load, what texts of any length need."""
+        data, tail = _with_tail(b"warm up")
+        worker = self._worker()
+        worker.encode(data, tail, np.array([(0, 7, -1)], np.int64), _Ids(self._dtype, 7), many_chunks=-1)
+        self._free.append(worker)
+        self.encode(b"warm up", [(0, 7, -1)])
 
     # ---------------------------------------------------------------- one text
 
@@ -280,11 +287,13 @@ class _Worker:
         ids: _Ids,
         marks: np.ndarray | None = None,
         keep: bool = True,
+        many_chunks: int | None = None,
     ) -> int:
         """Append the ids of `regions` to `ids`; ``marks[i]`` becomes their number behind region i. Without `keep` they
-        are written over one another. Returns how many there were."""
+        are written over one another. Returns how many there were. Texts longer than `many_chunks` (None: what pays) go through the
+        compiled loop over chunks."""
         spans = self._spans
-        if self._scanner and keep and len(data) > _MANY_CHUNKS:
+        if self._scanner and keep and len(data) > (_MANY_CHUNKS if many_chunks is None else many_chunks):
             before = ids.n
             self.table.start(marks)
             self.table.encode_text(self._scanner, data, tail, regions, spans, ids)

@@ -15,25 +15,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from scratchlm.tokenizer.buffers import HUGE, private_pages
-from scratchlm.tokenizer.compiling import compiling, given_room
-from scratchlm.tokenizer.machine_words import ask_for, peek32, peek64
+from scratchlm.tokenizer.compiling import compiling
+from scratchlm.tokenizer.machine_words import ask_for, outer, peek32, peek64, stamp
 
-_ITEMS, _TYPE, _FORM, _DIGIT = 24, 8, 16, 24
+_LENGTH, _ITEMS, _TYPE, _FORM, _DIGIT = 16, 24, 8, 16, 24
 # Sizes in bytes, as CPython tells them: of an object without content, a list, and an int without and with one more digit.
 _SIZES = (16, 40, 24, 4)
 _AHEAD = 24
 
 
 class Forms(NamedTuple):
-    """What stands at `form` of 0, and of integers from 1 to 2³⁰ − 1."""
+    """What stands at `form`: of 0, of 1 (since 3.14 small integers bear a mark), and of other integers up to 2³⁰ − 1."""
 
     zero: int
+    small: int
     one_digit: int
 
 
@@ -43,7 +44,7 @@ def forms() -> Forms | None:
     sizes = (object.__basicsize__, list.__basicsize__, int.__basicsize__, int.__itemsize__)
     if sys.implementation.name != "cpython" or sizes != _SIZES or sys.byteorder != "little":
         return None
-    numbers = [0, 1, 2, 255, 256, 257, 65_536, (1 << 30) - 1, -1, 1 << 30, True]
+    numbers = [0, 1, 2, 255, 256, 257, 2_000, 65_536, (1 << 30) - 1, -1, 1 << 30, True]
     items = _word(id(numbers) + _ITEMS)
     # The first one tells whether that is where the items are.
     if (
@@ -54,32 +55,52 @@ def forms() -> Forms | None:
         return None
     kinds = [_word(id(number) + _TYPE) for number in numbers]
     found = [_word(id(number) + _FORM) for number in numbers]
-    found_values = [_word(id(number) + _DIGIT) & 0xFFFFFFFF for number in numbers[1:8]]
-    zero, ones, others = found[0], found[1:8], found[8:10]
-    if kinds[:10] != [id(int)] * 10 or kinds[10] == id(int) or found_values != numbers[1:8]:
+    found_values = [_word(id(number) + _DIGIT) & 0xFFFFFFFF for number in numbers[1:9]]
+    zero, small, one_digit = found[0], found[1], found[8]
+    ones, others = {small, one_digit}, {zero, *found[9:11]}
+    if kinds[:11] != [id(int)] * 11 or kinds[11] == id(int) or found_values != numbers[1:9]:
         return None
-    if len(set(ones)) != 1 or zero in ones or set(others) & {zero, *ones}:
+    if (
+        _word(id(numbers) + _LENGTH) != len(numbers)
+        or set(found[1:9]) - ones
+        or ones & others
+        or zero in found[9:11]
+    ):
         return None
-    return Forms(zero, ones[0])
+    return Forms(zero, small, one_digit)
 
 
 def _word(address: int) -> int:
     return ctypes.c_uint64.from_address(address).value
 
 
-# With the interpreter's lock: nobody changes the list meanwhile.
-@given_room
-@numba.njit(cache=True)
-def _read(items, count, kind, zero, one_digit, out):
-    """Values to `out`; returns how many there are before the first that is no int, negative, or 2³⁰ and more."""
-    for place in range(count):
-        ask_for(peek64(items + 8 * min(place + _AHEAD, count - 1)))
-        number = np.int64(peek64(items + 8 * place))
-        form = np.int64(peek64(number + _FORM))
-        if np.int64(peek64(number + _TYPE)) != kind or (form != one_digit and form != zero):
-            return place
-        out[place] = peek32(number + _DIGIT) if form == one_digit else 0
-    return count
+def _loop(sources: int) -> Callable[..., Any]:
+    def read_integers(listed, kind, zero, small, one_digit, out):
+        """Values of the list at `listed` to `out`. Returns whether it has as many items as `out`, all of them ints from 0 to 2³⁰ − 1.
+
+        Runs with the interpreter's lock, so that nobody changes the list between these lines."""
+        count = len(out)
+        if np.int64(peek64(listed + _LENGTH)) != count or sources == 0:
+            return False
+        items = np.int64(peek64(listed + _ITEMS))
+        for place in range(count):
+            ask_for(peek64(items + 8 * min(place + _AHEAD, count - 1)))
+            number = np.int64(peek64(items + 8 * place))
+            if np.int64(peek64(number + _TYPE)) != kind:
+                return False
+            form = np.int64(peek64(number + _FORM))
+            if form in (one_digit, small):
+                out[place] = peek32(number + _DIGIT)
+            elif form == zero:
+                out[place] = 0
+            else:
+                return False
+        return True
+
+    return read_integers
+
+
+_read = outer(_loop(stamp()), nogil=False)
 
 
 def read(ids: list[int]) -> np.ndarray | None:
@@ -87,12 +108,9 @@ def read(ids: list[int]) -> np.ndarray | None:
     found = forms()
     if found is None or type(ids) is not list:
         return None
-    size = 4 * len(ids)
-    out = np.frombuffer(private_pages(size), np.uint32) if size >= HUGE else np.empty(len(ids), np.uint32)
-    arguments: tuple[Any, ...] = (_word(id(ids) + _ITEMS), len(ids), id(int), found.zero, found.one_digit, out)
-    if _read.signatures:
-        done = _read(*arguments)
-    else:
+    length = len(ids)
+    out = np.frombuffer(private_pages(4 * length), np.uint32) if 4 * length >= HUGE else np.empty(length, np.uint32)
+    if not _read.signatures:
         with compiling("the decoder"):
-            done = _read(*arguments)
-    return out if done == len(ids) else None
+            _read(id([]), id(int), *found, np.empty(0, np.uint32))
+    return out if _read(id(ids), id(int), *found, out) else None

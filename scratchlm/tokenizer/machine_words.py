@@ -45,12 +45,12 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(**_PART)(function)
 
 
-def outer(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Called from Python: without the interpreter's lock, and kept on disk where a folder for it can be written."""
+def outer(function: Callable[..., Any], nogil: bool = True) -> Any:
+    """Called from Python: without the interpreter's lock (`nogil`), and kept on disk where a folder for it can be written."""
     try:
-        return given_room(numba.njit(cache=True, nogil=True)(function))
+        return given_room(numba.njit(cache=True, nogil=nogil)(function))
     except RuntimeError:  # no folder to keep it in can be written
-        return given_room(numba.njit(nogil=True)(function))
+        return given_room(numba.njit(nogil=nogil)(function))
 
 
 def stamp(*files: str) -> int:

@@ -74,7 +74,7 @@ _NO_KEY = np.uint32(0xFFFFFFFF)
 _WALL = np.uint32(MOST_IDS)
 _PER_GROUP = 4
 
-# Places of the three tables in `MergeTable.small`.
+# Places of the tables in `MergeTable.small`.
 _BYTE_IDS = 1 << 16
 _FIRST_ID = _BYTE_IDS + 256
 _MERGED = _FIRST_ID + 1
@@ -100,7 +100,8 @@ class MergeTable(NamedTuple):
 
     Attributes:
         pairs: uint64, the rows; the size is a power of two.
-        small: uint32: the rank of each pair of bytes (65,536), the id of each byte (256), the id that each merge makes.
+        small: uint32: the rank of each pair of bytes (65,536), the id of each byte (256), the id that merge 0 makes if ids go up with
+            ranks one by one (else 0), the id that each merge makes.
         merges: how many there are.
         plain: merges bytes in plain Python, by the reference.
     """
@@ -119,7 +120,7 @@ def merge_table(byte_ids: list[int], ranks: dict[int, int]) -> MergeTable:
     rank, made = values >> U(32), values & U(0xFFFFFFFF)
     packed = (left << U(ID_BITS)) | right
     bits = max(4, (2 * len(ranks)).bit_length())
-    pairs = np.frombuffer(private_pages(8 << bits), np.uint64)  # groups are cache lines
+    pairs = np.frombuffer(private_pages(8 << bits), np.uint64)  # no group lies in two cache lines
     pairs[:] = _EMPTY
     slot = ((packed * _MIX) >> _TOP).astype(np.int64) & (len(pairs) - _PER_GROUP)
     rows = (packed << U(RANK_BITS)) | rank

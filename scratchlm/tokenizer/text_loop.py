@@ -19,12 +19,17 @@ from numba.core import cgutils, types
 from scratchlm.tokenizer.machine_words import built_in, outer, stamp
 from scratchlm.tokenizer.scanner_blocks import borrowed
 
+# Chunks between two visits to Python, at most: some 30 ms.
+_SCANS = 64
+
 
 def entry(compiled: Any, arguments: tuple[Any, ...]) -> int:
     """Address of what Numba made of the function `compiled` for `arguments`, with which it is called once: they should make it do nothing."""
     compiled(*arguments)
     made = compiled.overloads[tuple(map(numba.typeof, arguments))]
-    return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
+    address = int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
+    assert address, f"Numba does not say where {made.fndesc.llvm_func_name} is"
+    return address
 
 
 @built_in
@@ -50,8 +55,8 @@ def _loop(sources: int) -> Callable[..., Any]:
         table, data, tail, spans, rows, ring, pairs, small, heads, bits, scratch, work, tokens, keys, whole, pool, out, marks, state,
         merge_long, first, count,
     ):  # fmt: skip
-        """Goes on with ``spans[first:count]``. Returns (first, count) as they are where it stops: equal, 0, when there is no text left to
-        scan, or a pre-token that only Python can end."""
+        """Goes on with ``spans[first:count]``. Returns (first, count) as they are where it stops: (0, 0) when there is no text left to
+        scan, or a pre-token that only Python can end; equal after `_SCANS` chunks, so that Ctrl-C is heard."""
         regions, cursor, pages, leaves, edge = (
             borrowed(regions), borrowed(cursor), borrowed(pages), borrowed(leaves), borrowed(edge)
         )  # fmt: skip
@@ -69,8 +74,12 @@ def _loop(sources: int) -> Callable[..., Any]:
             borrowed(pool),
         )
         out, marks, state = borrowed(out), borrowed(marks), borrowed(state)
-        while sources > 0:
+        scans = _SCANS if sources > 0 else 0
+        while True:
             if first == count:
+                if scans == 0:
+                    break
+                scans -= 1
                 first = 0
                 count = invoke(scan, (data, regions, cursor, spans, pages, leaves, option, edge, longer))
                 if count == 0:

@@ -14,39 +14,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from scratchlm.tokenizer.machine_words import U, load64, outer
+from scratchlm.tokenizer.machine_words import U, load64, outer, stamp
 
 _HIGH = U(0x8080808080808080)
 
 
-@outer
-def _valid(data):
-    """Whether all of `data` (uint8) is UTF-8."""
-    end, at = len(data), 0
-    while at < end:
-        if at + 8 <= end and load64(data, at) & _HIGH == U(0):
-            at += 8
-            continue
-        lead = data[at]
-        at += 1
-        if lead < 0x80:
-            continue
-        more = 1 if lead < 0xE0 else 2 if lead < 0xF0 else 3
-        if lead < 0xC2 or lead > 0xF4 or at + more > end:
-            return False
-        lowest = 0xA0 if lead == 0xE0 else 0x90 if lead == 0xF0 else 0x80
-        highest = 0x9F if lead == 0xED else 0x8F if lead == 0xF4 else 0xBF
-        if data[at] < lowest or data[at] > highest:
-            return False
-        for place in range(at + 1, at + more):
-            if data[place] & 0xC0 != 0x80:
-                return False
-        at += more
-    return True
+def _loop(sources: int) -> Callable[..., Any]:
+    def valid_until(data, begin, end):
+        """The first byte from `begin` on that is not UTF-8 or belongs to a character cut off by `end`; `end` if there is none."""
+        at = begin if sources > 0 else end
+        while at < end:
+            while at + 8 <= end and load64(data, at) & _HIGH == U(0):
+                at += 8
+            if at == end:
+                break
+            lead = data[at]
+            if lead < 0x80:
+                at += 1
+                continue
+            size = 2 if lead < 0xE0 else (3 if lead < 0xF0 else 4)
+            if lead < 0xC2 or lead > 0xF4 or at + size > end:
+                return at
+            lowest = 0xA0 if lead == 0xE0 else 0x90 if lead == 0xF0 else 0x80
+            highest = 0x9F if lead == 0xED else 0x8F if lead == 0xF4 else 0xBF
+            if data[at + 1] < lowest or data[at + 1] > highest:
+                return at
+            for more in range(2, size):
+                if data[at + more] & 0xC0 != 0x80:
+                    return at
+            at += size
+        return end
+
+    return valid_until
+
+
+valid_until = outer(_loop(stamp()))
 
 
 def is_utf8(data: bytes) -> bool:
     """Whether `data` is UTF-8, as ``data.decode()`` would find."""
-    return bool(_valid(np.frombuffer(data, np.uint8)))
+    return int(valid_until(np.frombuffer(data, np.uint8), 0, len(data))) == len(data)

@@ -145,6 +145,8 @@ class WordTable:
 
         state = self._state
         state[IDS] = ids.n
+        # What `_entries` were compiled for: they are called by address, which nobody checks.
+        assert regions.flags.c_contiguous and spans.flags.c_contiguous and not data.flags.writeable
         cursor = np.array([0, regions[0, 0]], np.int64)
         scan = scanner.arguments(data)
         kinds = scanner.name, ids.array.dtype

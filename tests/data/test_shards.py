@@ -140,6 +140,18 @@ def test_a_folder_of_format_version_1(tmp_path):
         data.verify(show_progress=False)
 
 
+def test_unfinished_work_of_format_version_1(tmp_path):
+    corpus = corpus_of(tmp_path / "text", ["one"], ["two"])
+    (tmp_path / "out").mkdir()
+    old = {"key": "0" * 32, "shards": {"train": [], "validation": []}, "finished": []}
+    (tmp_path / "out" / "unfinished.json").write_text(json.dumps(old))
+    with pytest.raises(
+        UserError, match=r"that an earlier version began \(format 1, now 2\); delete it and run again"
+    ):
+        run(corpus, tmp_path / "out", shard_tokens=8)
+    assert json.loads((tmp_path / "out" / "unfinished.json").read_text()) == old
+
+
 def test_a_digest_of_an_unknown_kind(tmp_path):
     run(corpus_of(tmp_path / "text", ["one"], ["two"]), tmp_path / "out", shard_tokens=8)
     path = tmp_path / "out" / "manifest.json"

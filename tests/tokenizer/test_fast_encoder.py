@@ -310,13 +310,18 @@ def test_decoding_step_by_step(step, monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k"])
 @pytest.mark.parametrize("patience", [1 << 40, 0], ids=["plain Python", "compiled"])
-def test_scanner_and_table_in_one_loop(pattern, patience, monkeypatch):
+@pytest.mark.parametrize("wide", [False, True], ids=["uint16", "uint32, whole words"])
+def test_scanner_and_table_in_one_loop(pattern, patience, wide, monkeypatch):
     """A text of many chunks, with all that the loop stops for: more rows, more ring, room, long words, and what only Python ends."""
     monkeypatch.setattr(fast_encoder, "_MANY_CHUNKS", 0)
     monkeypatch.setattr(fast_encoder, "CHUNK", 7)
     monkeypatch.setattr(fast_encoder, "_expected", lambda text: fast_encoder.ROOM)
     trained = oracle.trained()
-    tokenizer = Tokenizer(trained.vocab, trained.merges, [oracle.EOT], pattern, cache_bytes=1 << 21)
+    specials = {oracle.EOT: 70_000 if wide else trained.special_tokens[oracle.EOT]}
+    plain_vocab = {
+        index: token for index, token in trained.vocab.items() if index not in trained.special_tokens.values()
+    }
+    tokenizer = Tokenizer(plain_vocab, trained.merges, specials, pattern, ignore_merges=wide, cache_bytes=1 << 21)
     scanner = tokenizer._encoder._fast._scanner
     assert scanner is not None
     for lazy in (merge_table.merge_long, scanner._module.longer):
@@ -328,14 +333,61 @@ def test_scanner_and_table_in_one_loop(pattern, patience, monkeypatch):
     ]
     text = " ".join(rng.choices(words, k=4000)) + oracle.EOT + " ".join(words)
     worker = tokenizer._encoder._fast._worker()
-    rows = len(worker.table._rows)
+    rows, ring = len(worker.table._rows), len(worker.table._ring)
     tokenizer._encoder._fast._free.append(worker)
     expected = plain(tokenizer, text)
     for _ in range(2):
         assert tokenizer.encode_array(text).tolist() == expected
-    assert len(worker.table._rows) > rows and worker.table._entries
+    assert len(worker.table._rows) > rows and len(worker.table._ring) > ring
+    assert [kind for _, kind in worker.table._entries] == [np.dtype(np.uint32 if wide else np.uint16)]
     assert [ids.tolist() for ids in tokenizer.encode_batch([text, text[5:]])] == [
         expected,
         plain(tokenizer, text[5:]),
     ]
     assert tokenizer.count_tokens(text) == len(expected)
+
+
+def test_tables_of_merges_beside_the_dict():
+    """Every pair of tokens, with as few slots as there can be, so that groups are full and run over; and the highest ids and ranks."""
+    from scratchlm.tokenizer.machine_words import outer
+
+    @outer
+    def ask(lefts, rights, pairs, found):
+        for place in range(len(lefts)):
+            found[place] = merge_table.rank_of(lefts[place], rights[place], pairs)
+
+    rng = random.Random(8)
+    for ids, many in ((300, 700), (merge_table.MOST_IDS, 3000), (256, 0), (256, 1), (256, 3)):
+        pairs = {(rng.randrange(ids), rng.randrange(ids)) for _ in range(many)}
+        if many > 1:
+            pairs |= {(ids - 1, ids - 1), (0, ids - 1), (ids - 1, 0)}
+        ranks = {
+            left << 32 | right: rank << 32 | min(256 + rank, ids - 1)
+            for rank, (left, right) in enumerate(sorted(pairs))
+        }
+        table = merge_table.merge_table(list(range(256)), ranks)
+        asked = [*pairs, *((rng.randrange(ids), rng.randrange(ids)) for _ in range(3000)), (ids - 1, 256), (0, 0)]
+        asked += [(merge_table.MOST_IDS, 5), (5, merge_table.MOST_IDS)]  # the wall
+        found = np.empty(len(asked), np.uint64)
+        ask(
+            np.array([left for left, _ in asked], np.uint64),
+            np.array([right for _, right in asked], np.uint64),
+            table.pairs,
+            found,
+        )
+        unknown = merge_table.MOST_MERGES
+        assert found.tolist() == [ranks.get(left << 32 | right, unknown << 32) >> 32 for left, right in asked]
+    full = np.flatnonzero(table.pairs != np.uint64(0xFFFFFFFFFFFFFFFF))
+    assert len(full) == len(ranks)
+
+
+@pytest.mark.parametrize(("vocab_size", "compiled"), [((1 << 21) - 1, True), (1 << 21, False)])
+def test_the_highest_id_that_is_compiled_for(vocab_size, compiled):
+    trained = oracle.trained()
+    tokens = {
+        index: token for index, token in trained.vocab.items() if index not in trained.special_tokens.values()
+    }
+    tokenizer = Tokenizer(tokens, trained.merges, {"<|end|>": vocab_size - 1}, "gpt2")
+    assert tokenizer.vocab_size == vocab_size and tokenizer._encoder._can_compile == compiled
+    text = oracle.TEXT + "<|end|>" + oracle.TEXT
+    assert tokenizer.encode_array(text).tolist() == plain(tokenizer, text)
