@@ -77,11 +77,10 @@ class FastEncoder:
 
     def warm_up(self) -> None:
         """Compile, or load, what texts of any length need."""
-        data, tail = _with_tail(b"warm up")
-        worker = self._worker()
-        worker.encode(data, tail, np.array([(0, 7, -1)], np.int64), _Ids(self._dtype, 7), many_chunks=-1)
-        self._free.append(worker)
         self.encode(b"warm up", [(0, 7, -1)])
+        worker = self._worker()
+        worker.in_one_loop(*_with_tail(b"warm up"), np.array([(0, 7, -1)], np.int64), _Ids(self._dtype, 7), None)
+        self._free.append(worker)
 
     # ---------------------------------------------------------------- one text
 
@@ -287,17 +286,12 @@ class _Worker:
         ids: _Ids,
         marks: np.ndarray | None = None,
         keep: bool = True,
-        many_chunks: int | None = None,
     ) -> int:
         """Append the ids of `regions` to `ids`; ``marks[i]`` becomes their number behind region i. Without `keep` they
-        are written over one another. Returns how many there were. Texts longer than `many_chunks` (None: what pays) go through the
-        compiled loop over chunks."""
+        are written over one another. Returns how many there were."""
+        if keep and len(data) > _MANY_CHUNKS and self._scanner:
+            return self.in_one_loop(data, tail, regions, ids, marks)
         spans = self._spans
-        if self._scanner and keep and len(data) > (_MANY_CHUNKS if many_chunks is None else many_chunks):
-            before = ids.n
-            self.table.start(marks)
-            self.table.encode_text(self._scanner, data, tail, regions, spans, ids)
-            return ids.n - before
         fill = self._scan(data, regions) if self._scanner else _matches(self._pattern, data, regions)
         self.table.start(marks)
         total = 0
@@ -312,6 +306,16 @@ class _Worker:
             if not keep:
                 ids.n = before
         return total
+
+    def in_one_loop(
+        self, data: np.ndarray, tail: np.ndarray, regions: np.ndarray, ids: _Ids, marks: np.ndarray | None
+    ) -> int:
+        """The same through the compiled loop over chunks; nothing where no scanner is compiled."""
+        before = ids.n
+        if self._scanner:
+            self.table.start(marks)
+            self.table.encode_text(self._scanner, data, tail, regions, self._spans, ids)
+        return ids.n - before
 
     def _scan(self, data: np.ndarray, regions: np.ndarray) -> Spans:
         cursor = np.array([0, regions[0, 0]], np.int64)

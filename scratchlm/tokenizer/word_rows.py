@@ -156,14 +156,11 @@ def _slow(
     if known >= 0:
         out[n] = known
         n += 1
-    elif length <= SHORTEST:
-        alive = merge_shortest(data, begin, length, pairs, small, tokens, keys)
-        while alive != _NONE:
-            out[n] = tokens[lowest_bit(alive)]
-            n += 1
-            alive &= alive - _ONE
     elif length <= SHORT:
-        alive = merge_short(data, begin, length, pairs, small, tokens, keys)
+        if length <= SHORTEST:
+            alive = merge_shortest(data, begin, length, pairs, small, tokens, keys)
+        else:
+            alive = merge_short(data, begin, length, pairs, small, tokens, keys)
         while alive != _NONE:
             out[n] = tokens[lowest_bit(alive)]
             n += 1
