@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scratchlm.resources.estimate import Estimate, OperationGroup
+    from scratchlm.resources.answer import Estimate, OperationGroup
     from scratchlm.resources.tables import Target
 
 

@@ -1,4 +1,4 @@
-"""The peak of a deep model, from two shallow ones.
+"""A deep model's step, from those of two shallow ones.
 
 Layers repeat, and with them what a step does: a model with one more period of layers runs a period's operations once more, in the middle of each
 phase. What comes before them finds as many more bytes as a period's weights, gradients and state take; what comes after, in the forward
@@ -9,26 +9,32 @@ pass, what the period kept as well::
     more     a a │ · · · · │ b b    with every further period; inside, the first or the last period has the most
 
 So two traces say for every operation, counted from the phase's start or from its end, how its live bytes grow with depth. The result is exact, which the
-tests hold over the whole table of architectures.
+tests hold over the whole table of architectures. An optimizer goes over all layers several times: there each run of equal operations grows in its middle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from scratchlm.model.config import ModelConfig
-from scratchlm.resources.trace import Operation, Trace
+from scratchlm.resources.answer import collapsed
+from scratchlm.resources.trace import Trace
 
 _AT_THE_ENDS = 2
 """Periods of the shallower model: one to begin with and one to end with."""
 
 
+class Irregular(Exception):
+    """The deeper of two models does not do what the other does with a period more."""
+
+
 def shallow(config: ModelConfig) -> tuple[ModelConfig, ModelConfig, int] | None:
     """Two models with fewer layers, the second with one period more than the first, and how many periods more the given one has than the first.
 
-    None: it has hardly more layers than those.
+    None: it has hardly more layers than the two together.
     """
     period = math.lcm(
         *(len(p) for p in (config.attention, config.mask, config.position, config.rope.theta, config.rope.scaling)),
@@ -37,47 +43,131 @@ def shallow(config: ModelConfig) -> tuple[ModelConfig, ModelConfig, int] | None:
     before = config.moe.first_dense if config.moe.experts else 0
     more, rest = divmod(config.layers - before, period)
     first = before + rest + _AT_THE_ENDS * period
-    if more <= 2 * _AT_THE_ENDS + 1 or config.layers <= 2 * first:
+    if more <= _AT_THE_ENDS + 1 or config.layers <= 2 * first + period:
         return None
     one, two = (config.model_copy(update={"layers": layers}) for layers in (first, first + period))
     return one, two, more - _AT_THE_ENDS
 
 
-def peak_of_deeper(one: Trace, two: Trace, more: int) -> int | None:
-    """Peak bytes of a model with `more` periods more than that of `one`.
+@dataclass(frozen=True)
+class _Stretch:
+    """Operations that both have: `cut` before what `two` has `added`, all others after it."""
+
+    phase: str
+    one: range
+    two: range
+    cut: int
+
+    @property
+    def added(self) -> int:
+        return len(self.two) - len(self.one)
+
+
+class Deepening:
+    """Which operations of two steps, and of one with `more` periods more than the first, are the same.
 
     Args:
-        one, two: forward and backward pass of the shallow models.
+        one, two: of the shallow models.
         more: at least 1.
 
-    Returns:
-        None if `two` does not do what `one` does with a period more.
+    Raises:
+        Irregular: `two` does not do what `one` does with a period more.
     """
-    best = 0
-    phases = [_by_phase(trace) for trace in (one, two)]
-    if [name for name, *_ in phases[0]] != [name for name, *_ in phases[1]]:
-        return None
-    for (_, names, live), (_, longer, live_longer) in zip(*phases, strict=True):
-        added = len(longer) - len(names)
-        # Equal from the start are both periods of `one` with what comes before them: the cut is between the two.
-        equal = next((at for at, (a, b) in enumerate(zip(names, longer, strict=False)) if a != b), len(names))
-        cut = equal - added
-        if added < 0 or cut < 0 or names[cut:] != longer[cut + added :]:
-            return None
-        later = [*live_longer[:cut], *live_longer[cut + added :]]
-        best = max(best, *(bytes_ + more * (grown - bytes_) for bytes_, grown in zip(live, later, strict=True)))
-    return best
+
+    def __init__(self, one: Trace, two: Trace, more: int) -> None:
+        self.more = more
+        phases = [_by_phase(trace) for trace in (one, two)]
+        if [phase for phase, *_ in phases[0]] != [phase for phase, *_ in phases[1]]:
+            raise Irregular("other phases")
+        self._stretches: list[_Stretch] = []
+        for (phase, start, names), (_, start_two, longer) in zip(*phases, strict=True):
+            self._stretches += _once(phase, start, names, start_two, longer) or _in_runs(
+                phase, start, names, start_two, longer
+            )
+
+    def phases(self) -> list[str]:
+        """Of every operation."""
+        return [s.phase for s in self._stretches for _ in range(len(s.one) + self.more * s.added)]
+
+    def deeper(self, one: Sequence[int], two: Sequence[int]) -> list[int]:
+        """A number for every operation, from those of all operations of the two.
+
+        Every further period adds the same: to operations before it what it adds to the first period's, to those after it what it adds
+        to the last period's. So the n-th period in the middle has what the only one of `two` has, and both for the periods around it.
+        """
+        found: list[int] = []
+        for s in self._stretches:
+            before = [(one[i], two[j]) for i, j in zip(s.one[: s.cut], s.two[: s.cut], strict=True)]
+            after = [(one[i], two[j]) for i, j in zip(s.one[s.cut :], s.two[s.cut + s.added :], strict=True)]
+            middle = [two[j] for j in s.two[s.cut : s.cut + s.added]]
+            first = [b - a for a, b in before[s.cut - s.added :]]
+            last = [b - a for a, b in after[: s.added]]
+            found += [a + self.more * (b - a) for a, b in before]
+            for n in range(self.more):
+                rest = self.more - 1 - n
+                found += [m + n * a + rest * b for m, a, b in zip(middle, last, first, strict=True)]
+            found += [a + self.more * (b - a) for a, b in after]
+        return found
+
+    def parts(self, at: int) -> list[tuple[int, int, int]]:
+        """How :meth:`deeper` comes by the number of operation `at`: (how often, of which of the two, of which of its operations), the first being
+        the same operation."""
+        for s in self._stretches:
+            middle = self.more * s.added
+            if at >= len(s.one) + middle:
+                at -= len(s.one) + middle
+                continue
+            if s.cut <= at < s.cut + middle:
+                n, place = divmod(at - s.cut, s.added)
+                rest = self.more - 1 - n
+                first, last = s.cut - s.added + place, s.cut + place
+                return [
+                    (1, 1, s.two[s.cut + place]),
+                    (n, 1, s.two[s.added + last]),
+                    (-n, 0, s.one[last]),
+                    (rest, 1, s.two[first]),
+                    (-rest, 0, s.one[first]),
+                ]
+            number, longer = (at - middle, at - middle + s.added) if at >= s.cut else (at, at)
+            return [(self.more, 1, s.two[longer]), (1 - self.more, 0, s.one[number])]
+        raise IndexError(at)
 
 
-def _by_phase(trace: Trace) -> list[tuple[str, list[str], list[int]]]:
-    """Each phase with the names of its operations and the live bytes at each."""
+def _once(phase: str, start: int, names: list[str], start_two: int, longer: list[str]) -> list[_Stretch]:
+    """A phase whose operations are the same but for one stretch of `longer`; none: it is not of that kind."""
+    added = len(longer) - len(names)
+    # Equal from the start are both periods of `one` with what comes before them: the cut is between the two.
+    equal = next((at for at, (a, b) in enumerate(zip(names, longer, strict=False)) if a != b), len(names))
+    cut = equal - added
+    if added < 0 or cut < added or cut + added > len(names) or names[cut:] != longer[cut + added :]:
+        return []
+    one, two = range(start, start + len(names)), range(start_two, start_two + len(longer))
+    return [_Stretch(phase, one, two, cut if added else 0)]
 
-    def phase(pair: tuple[Operation, int]) -> str:
-        return pair[0].phase
 
-    pairs: Sequence[tuple[Operation, int]] = list(zip(trace.operations, trace.timeline(), strict=True))
+def _in_runs(phase: str, start: int, names: list[str], start_two: int, longer: list[str]) -> list[_Stretch]:
+    """A phase that goes over the layers again and again: runs of equal operations, some of which are longer in `longer`."""
+    runs, longer_runs = ([(name, len(list(run))) for name, run in groupby(given)] for given in (names, longer))
+    if [name for name, _ in runs] != [name for name, _ in longer_runs]:
+        raise Irregular(f"other operations in the {phase} pass")
     found = []
-    for name, group in groupby(pairs, phase):
-        operations, live = zip(*group, strict=True)
-        found.append((name, [operation.name for operation in operations], list(live)))
+    for (name, length), (_, length_two) in zip(runs, longer_runs, strict=True):
+        added = length_two - length
+        cut = length // 2
+        if added and not added <= cut:
+            raise Irregular(f"{name} is called too seldom to see how it repeats")
+        one, two = range(start, start + length), range(start_two, start_two + length_two)
+        found.append(_Stretch(phase, one, two, cut))
+        start, start_two = start + length, start_two + length_two
+    return found
+
+
+def _by_phase(trace: Trace) -> list[tuple[str, int, list[str]]]:
+    """Each phase, the number of its first operation, and the names of all, each with its place: so that a layer's end is not taken for what follows."""
+    found = []
+    start = 0
+    for phase, group in groupby(trace.operations, lambda operation: operation.phase):
+        names = [f"{operation.name} in {collapsed(operation.module)}" for operation in group]
+        found.append((str(phase), start, names))
+        start += len(names)
     return found

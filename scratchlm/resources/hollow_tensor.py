@@ -93,6 +93,15 @@ def _without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
             _ANSWERS[asked] = _ask(func, args, kwargs)
         if _ANSWERS[asked] is not None:
             return _again(_ANSWERS[asked], (*args, *kwargs.values()))
+    try:
+        return _by_rule(func, args, kwargs)
+    except NotImplementedError:  # unless the rule was not there yet
+        _fetch_rules()
+        return _by_rule(func, args, kwargs)
+
+
+def _by_rule(func: Any, args: Any, kwargs: Any) -> Any:
+    """torch's rule, on the hollow tensors themselves: views of them share their memory."""
     with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
         HollowTensor.in_kernel = True
         torch._C._set_meta_in_tls_dispatch_include(True)
@@ -133,8 +142,8 @@ def _kind(value: Any) -> Any:
 
 def _ask(func: Any, args: Any, kwargs: Any) -> Any:
     """The answer: from the kernel on small tensors, else from torch's rule on others of the same kind, which it may hold on to."""
-    if func in _RULES:
-        return _RULES[func](func, *args, **kwargs)
+    if func in _RULES and (answer := _RULES[func](func, *args, **kwargs)) is not None:
+        return answer
     with contextlib.suppress(Unanswered):
         return ask_small(func, args, kwargs, _answer)
     if func.namespace == "aten":
@@ -200,6 +209,40 @@ def _spread(func: Any, gradient: Tensor, size: Any, *_: Any) -> Any:
     return _new(size, gradient.dtype)
 
 
+def _dropped(func: Any, x: Tensor, *_: Any) -> Any:
+    """What is left, and which of it that is."""
+    return [tuple, (x.shape, x.stride(), x.dtype), (x.shape, x.stride(), torch.bool)] if _is_dense(x) else None
+
+
+def _padded(func: Any, x: Tensor, pad: Any, *_: Any) -> Any:
+    """Two numbers per dimension, from the last one."""
+    if not x.is_contiguous():
+        return None
+    size = list(x.shape)
+    for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        size[-1 - n] += before + after
+    return _new(size, x.dtype)
+
+
+def _largest(func: Any, x: Tensor, k: int, dim: int = -1, *_: Any) -> Any:
+    """The k largest along a dimension, and where they were."""
+    if not (x.ndim and x.is_contiguous()):
+        return None
+    size = list(x.shape)
+    size[dim] = k
+    return [tuple, _new(size, x.dtype), _new(size, torch.int64)]
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements, in whatever order of dimensions, leave no gap: results are laid out like it."""
+    extent = 1
+    for stride, length in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != extent:
+            return False
+        extent *= length
+    return True
+
+
 def _new(size: Any, dtype: torch.dtype) -> Any:
     return tuple(size), _contiguous(size), dtype
 
@@ -219,15 +262,20 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_ATEN.add_.Tensor, _ATEN.bernoulli_.float), _itself),
     **dict.fromkeys((_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step), _counted),
     **dict.fromkeys((_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default), _product),
+    _ATEN.native_dropout.default: _dropped,
+    _ATEN.constant_pad_nd.default: _padded,
+    _ATEN.topk.default: _largest,
     _ATEN.cat.default: _joined,
     _ATEN.stack.default: _stacked,
     **dict.fromkeys((_ATEN.slice_backward.default, _ATEN.select_backward.default), _spread),
 }
-"""What small tensors cannot answer: sizes from numbers alone, and products, which are slow to start."""
+"""What small tensors cannot answer: sizes from numbers alone, where small ones are too small, and products, which are slow to start. None: ask on."""
 
 
 def _answer(out: Any, args: Any, layout: Callable[[Tensor], Any]) -> Any:
     """Results to be made again: the number of the argument that one is, or what makes a new one; None: neither."""
+    if out is None:
+        return _NOTHING
     if isinstance(out, Tensor):
         for number, value in enumerate(args):
             if out is value:
@@ -244,7 +292,13 @@ def _answer(out: Any, args: Any, layout: Callable[[Tensor], Any]) -> Any:
     return None
 
 
+_NOTHING = "nothing"
+"""The answer of a result that is none: a gradient nobody wants, say."""
+
+
 def _again(answer: Any, args: Any) -> Any:
+    if answer is _NOTHING:
+        return None
     if isinstance(answer, int):
         return args[answer]
     if isinstance(answer, list):

@@ -2,7 +2,7 @@
 
 torch's optimizers ask its compiler to leave them alone, its rules for shapes check their arguments by a function of its symbolic shapes,
 and a tensor of a class of its own is asked whether it is a distributed one. Each imports at first use what it asks, with sympy and more
-behind it: about a second, as long as the rest of an estimate takes. Where sizes are numbers, and nothing is compiled or distributed, there
+behind it: about a second, as long as the rest of an estimate takes. Its counter of FLOPs imports Triton. Where sizes are numbers, and nothing is compiled or distributed, there
 is nothing to leave alone, the check is ``bool``, and no tensor is one.
 
 torch itself imports, every time, its exporter and its rules for shapes, a quarter of its own start. Nothing here exports; the rules are fetched
@@ -12,6 +12,7 @@ when a shape is asked that nothing else knows (:func:`the_real`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ _STAND_INS: dict[str, dict[str, Any]] = {
         "error_on_nested_fx_trace": True
     },  # checkpointing asks; its default, and nothing is traced by FX here
     "torch.export": {},
+    "triton.runtime.jit": {
+        "JITFunction": type("JITFunction", (), {})
+    },  # torch's counter of FLOPs asks of each function whether it is one
     "torch._meta_registrations": {},
 }
 """Module → what stands in for its parts."""
@@ -33,7 +37,8 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def without_the_compiler() -> Iterator[None]:
-    """Inside, these modules are not imported unless something asks for more of them than named above.
+    """Inside, these modules are not imported unless something asks for more of them than named above, and nothing is collected: Python would walk over
+    all that was imported again and again, a tenth of an estimate's time.
 
     Best entered before torch is imported. For a process that compiles nothing afterwards: torch remembers what it found here. What is imported already
     stays as it is.
@@ -44,9 +49,13 @@ def without_the_compiler() -> Iterator[None]:
         if outer in put:
             setattr(put[outer], inner, module)
     sys.modules.update(put)
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if collecting:
+            gc.enable()
         for name, module in put.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
@@ -66,6 +75,11 @@ def the_real(name: str) -> ModuleType:
                 del sys.modules[stand_in]
             importlib.import_module(wanted)
     return importlib.import_module(name)
+
+
+def fetched() -> tuple[bool, ...]:
+    """Which of the parts that torch imports when it is asked for them are there."""
+    return tuple(getattr(sys.modules.get(name), "__file__", None) is not None for name in _STAND_INS)
 
 
 class _StandIn(ModuleType):

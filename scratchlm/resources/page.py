@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from scratchlm.resources.estimate import Estimate, OperationGroup
+    from scratchlm.resources.answer import Estimate, OperationGroup
 
 KINDS = ("weights", "optimizer state", "gradients", "activations", "temporaries", "batch and tables")
 """From the bottom of the picture to its top: what stays first."""

@@ -12,7 +12,8 @@ import torch
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model.config import ModelConfig
-from scratchlm.resources.step import as_run_on, trace_step
+from scratchlm.resources.any_depth import Steps
+from scratchlm.resources.step import as_run_on
 from scratchlm.train.fitting import Need, Plan
 
 
@@ -25,12 +26,20 @@ def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, devi
         device_type: where it will run: attention, the loss and some norms need less memory on CUDA.
     """
 
+    prepared: dict[str, Steps] = {}  # attention may be another one where it is compiled
+
+    def steps_of(model: ModelConfig) -> Steps:
+        key = model.attention_kernel
+        if key not in prepared:
+            prepared[key] = Steps(model, optim, train, device_type=device_type)
+        return prepared[key]
+
     def need(micro_batch: int, parts: int, precision: str, compiled: bool) -> Need:
         model = as_run_on(device_type, config, config.context_length, compiled)
         options: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
-        trace = trace_step(model, optim, train, micro_batch=micro_batch, device_type=device_type, **options).memory
-        state = sum(storage.size for storage in trace.storages if storage.kind == "optimizer state")
-        return Need(trace.peak()[1], state)
+        return steps_of(model).ask(
+            lambda step: Need(step.peak(), step.bytes_of("optimizer state")), micro_batch=micro_batch, **options
+        )
 
     def probe(sequences: int) -> Any:
         shape = sequences, config.context_length

@@ -22,6 +22,7 @@ from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, newton_schulz
 from scratchlm.resources.compiled import compiled as as_compiled
+from scratchlm.resources.no_compiler import fetched
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.working_copy import Computing
@@ -127,7 +128,17 @@ class Traceable:
     def _place(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.real else without_memory()
 
-    def step(
+    def step(self, **how: Any) -> Step:
+        """Trace a step; arguments as for :meth:`_traced`.
+
+        Where a rule of torch imported a part of torch on the way, it is traced once more: while a module is imported, torch notes its own frames, and
+        through them those of all callers, here of the whole step, stay until Python collects what goes in circles. Until then no tensor dies.
+        """
+        before = fetched()
+        found = self._traced(**how)
+        return found if fetched() == before else self._traced(**how)
+
+    def _traced(
         self,
         *,
         precision: str,
@@ -139,7 +150,7 @@ class Traceable:
         compiled: bool = False,
         checkpointing: str | None = None,
     ) -> Step:
-        """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
+        """A step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
 
         Args:
             precision: ``bf16`` or ``fp32``.

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from scratchlm.resources.answer import HEAD
 from scratchlm.resources.devices import Device
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from scratchlm.resources.estimate import Component, Estimate, OperationGroup
+    from scratchlm.resources.answer import Component, Estimate, OperationGroup
 
 WIDTH = 110
 COSTLIEST = 10
@@ -381,7 +382,6 @@ def show(estimate: Estimate, target: Target) -> None:
 
 def remarks(estimate: Estimate, target: Target) -> list[str]:
     """What the figures rest on, a sentence each."""
-    from scratchlm.resources.estimate import HEAD
     from scratchlm.train.fitting import COMPILER
 
     point = ridge(target, estimate.precision)

@@ -15,15 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
+from scratchlm.resources.answer import Bound
 from scratchlm.resources.devices import Device
 from scratchlm.resources.measurement import Measurement, between
 from scratchlm.resources.trace import Operation, Trace
 
-Bound = Literal["compute", "memory", "calls"]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -286,8 +286,8 @@ def moved_by(stretch: Sequence[Operation], trace: Trace, last: int) -> int:
     return outside + lasting
 
 
-def seconds_by_phase(trace: Trace, machine: Machine, compiled: bool) -> dict[str, float]:
-    """Forward, backward and optimizer, in seconds."""
+def cost_by_phase(trace: Trace, machine: Machine, compiled: bool) -> tuple[dict[str, float], dict[str, int]]:
+    """Of forward, backward and optimizer the seconds that their operations take one by one, and how many calls they are."""
     found = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
     calls = dict.fromkeys(found, 0)
     at = -1
@@ -301,4 +301,14 @@ def seconds_by_phase(trace: Trace, machine: Machine, compiled: bool) -> dict[str
         else:
             found[phase] += sum(machine.of(operation).seconds for operation in stretch)
             calls[phase] += len(stretch)
-    return {phase: max(seconds, machine.of_calls(calls[phase])) for phase, seconds in found.items()}
+    return found, calls
+
+
+def no_less_than_calls(seconds: dict[str, float], calls: dict[str, int], machine: Machine) -> dict[str, float]:
+    """Seconds of each phase: of its operations, or of handing them all to the device, if that takes longer."""
+    return {phase: max(own, machine.of_calls(calls[phase])) for phase, own in seconds.items()}
+
+
+def seconds_by_phase(trace: Trace, machine: Machine, compiled: bool) -> dict[str, float]:
+    """Forward, backward and optimizer, in seconds."""
+    return no_less_than_calls(*cost_by_phase(trace, machine, compiled), machine)

@@ -1,7 +1,8 @@
-"""The peak of a deep model from two shallow ones: that of its own trace, to the byte, or no answer."""
+"""The step of a deep model from those of two shallow ones: what its own trace says, to the byte, or no answer."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,22 @@ from model_variants import VARIANTS
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.model import ModelConfig
-from scratchlm.resources.depth import peak_of_deeper, shallow
-from scratchlm.resources.step import Traceable
+from scratchlm.model.draw.hollow import hollow
+from scratchlm.resources.account import further
+from scratchlm.resources.answer import Component
+from scratchlm.resources.any_depth import Steps, Taken
+from scratchlm.resources.depth import Deepening, Irregular, shallow
+from scratchlm.resources.devices import find
+from scratchlm.resources.timing import Datasheet
 from scratchlm.resources.trace import Operation, Storage, Trace
 
 IRREGULAR = ("moe", "norm = layernorm_nobias")
 """Prefixes of variants that need not be answered: what experts report is added up over the layers at the end, and a gain without a bias is copied
 in some layers."""
+
+ALMOST = ("parallel, double, vector", "parallel_shared, double")
+"""Compiled, the second of two layers reads something that in deeper models only layers away from the end read: between the peaks, a layer's
+residual stream too much is drawn."""
 
 SOME = (
     "norm = rmsnorm",
@@ -30,34 +40,59 @@ SOME = (
 )
 
 
-def deep(config: ModelConfig, precision: str, compiled: bool) -> tuple[int | None, int]:
-    """By two shallow models, and by a trace."""
+def check(name: str, precision: str, compiled: bool, optimizer: str = "adamw") -> None:
+    """Everything that is asked of a step: by two shallow models as of the deep one, to the byte and the FLOP."""
+    config = VARIANTS[name]
     for layers in range(8, 60):
-        found = shallow(config.model_copy(update={"layers": layers}))
-        if found is not None and layers % 2:  # so that patterns do not divide them
+        config = config.model_copy(update={"layers": layers})
+        if shallow(config) is not None and layers % 2:  # so that patterns do not divide them
             break
-    assert found is not None
-    one, two, more = found
-    models = (one, two, config.model_copy(update={"layers": layers}))
-    assert one.layers < two.layers < layers
     how: dict[str, Any] = {
         "precision": precision,
         "accumulation": 2 if precision == "bf16" else 1,
         "compiled": compiled,
     }
-    prepared = [Traceable(model, OptimConfig(), TrainConfig()) for model in models]
-    traces = [model.step(micro_batch=2, for_peak=True, **how).memory for model in prepared]
-    return peak_of_deeper(traces[0], traces[1], more), traces[2].peak()[1]
+    optim = OptimConfig(optimizer=optimizer)
+    machine = Datasheet(find("h100"))
+    by_two, whole = Steps(config, optim, TrainConfig()), Steps(config, optim, TrainConfig())
+    assert by_two._two is not None
+    whole._two = None
+    account, memory = by_two.ask(
+        lambda step: (step.account(machine, compiled), step.memory()), micro_batch=2, **how
+    )
+    assert by_two._two is not None or name.startswith(IRREGULAR)
+    known, bytes_ = whole.ask(lambda step: (step.account(machine, compiled), step.memory()), micro_batch=2, **how)
+    assert by_two.ask(Taken.peak, micro_batch=2, **how) == bytes_.peak == memory.peak
+    if compiled and name in ALMOST:
+        live = [[bytes_ for _, bytes_ in one.timeline] for one in (memory, bytes_)]
+        assert live[0] == pytest.approx(live[1], rel=0.05) and live[0] != live[1]
+        memory.timeline, memory.by_kind = bytes_.timeline, bytes_.by_kind
+    assert memory == bytes_
+    assert account.seconds == pytest.approx(known.seconds)
+    assert list(account.components) == list(known.components)
+    assert account.operations.keys() == known.operations.keys()
+    for group, other in ((g, known.operations[key]) for key, g in account.operations.items()):
+        assert group.seconds == pytest.approx(other.seconds)
+        assert replace(group, seconds=other.seconds) == other
+    for part, other_part in zip(account.components.values(), known.components.values(), strict=True):
+        flops = {"forward": other_part.forward, "backward": other_part.backward}
+        assert {"forward": part.forward, "backward": part.backward} == pytest.approx(flops)
+        assert replace(part, **flops) == other_part
+    assert account.model_flops == pytest.approx(known.model_flops)
+    same = {
+        name: getattr(known, name) for name in ("seconds", "operations", "components", "model_flops")
+    }  # looked at above
+    assert replace(account, **same) == known
 
 
-def check(name: str, precision: str, compiled: bool) -> None:
-    answer, peak = deep(VARIANTS[name], precision, compiled)
-    assert answer == peak or (answer is None and name.startswith(IRREGULAR))
+@pytest.mark.parametrize("optimizer", ["sgd", "lion", "adafactor", "muon"])
+def test_optimizers_that_go_over_the_layers_again_and_again(optimizer: str) -> None:
+    check("norm = rmsnorm", "fp32", False, optimizer)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", SOME)
-def test_the_peak_is_that_of_its_own_trace(name: str, compiled: bool) -> None:
+def test_a_deep_step_is_that_of_its_own_trace(name: str, compiled: bool) -> None:
     check(name, "bf16", compiled)
 
 
@@ -102,14 +137,74 @@ def made_up(layers: int, kept: int, passing: int) -> Trace:
 
 @pytest.mark.parametrize(("kept", "peak"), [(10, 50 * 10 + 7 + 3), (2, 50 * 7 + 2 + 3)])
 def test_the_peak_may_lie_at_the_end_or_in_the_middle(kept: int, peak: int) -> None:
-    assert made_up(50, kept, 3).peak()[1] == peak
-    assert peak_of_deeper(made_up(2, kept, 3), made_up(3, kept, 3), 48) == peak
+    deep = made_up(50, kept, 3)
+    one, two = made_up(2, kept, 3), made_up(3, kept, 3)
+    live = Deepening(one, two, 48).deeper(one.timeline(), two.timeline())
+    assert live == deep.timeline() and max(live) == peak
+
+
+def test_which_operation_it_is() -> None:
+    """The ends grow by themselves; in the middle each is the middle one of the longer."""
+    one, two = made_up(2, 5, 3), made_up(3, 5, 3)
+    deepening = Deepening(one, two, 4)
+    assert deepening.phases() == [op.phase for op in made_up(6, 5, 3).operations]
+    live = one.timeline(), two.timeline()
+    numbers = [sum(often * live[which][i] for often, which, i in deepening.parts(at)) for at in range(12)]
+    assert numbers == deepening.deeper(*live) == made_up(6, 5, 3).timeline()
+    same = [deepening.parts(at)[0] for at in range(12)]
+    assert [which for _, which, _ in same] == [1] * 12
+    assert [i for *_, i in same] == [0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4, 5]
+    with pytest.raises(IndexError):
+        deepening.parts(12)
+
+
+def test_runs_of_equal_operations_grow_in_their_middle() -> None:
+    """An optimizer that goes over the layers twice: the first time each makes something that lives until it is its turn again."""
+
+    def made_up(layers: int) -> Trace:
+        trace = Trace()
+        for turn in ("norm", "update"):
+            for layer in range(layers):
+                trace.operations.append(Operation(turn, "optimizer", "", 0, 0, 0, (), None))  # type: ignore[arg-type]
+                if turn == "norm":
+                    trace.storages.append(Storage(10, layer, "optimizer", "", "", died=layers + layer + 1))
+        return trace
+
+    one, two = made_up(2), made_up(3)
+    deeper = Deepening(one, two, 5).deeper(one.timeline(), two.timeline())
+    assert deeper == made_up(7).timeline() == [*range(10, 80, 10), *range(70, 0, -10)]
 
 
 def test_what_does_not_repeat_is_not_answered() -> None:
     one, two = made_up(2, 5, 3), made_up(3, 5, 3)
     two.operations[1].name = "another"
-    assert peak_of_deeper(one, two, 4) is None
-    assert peak_of_deeper(two, one, 4) is None
+    for a, b in ((one, two), (two, one)):
+        with pytest.raises(Irregular):
+            Deepening(a, b, 4)
     one.operations = [operation for operation in one.operations if operation.phase == "forward"]
-    assert peak_of_deeper(one, two, 4) is None
+    with pytest.raises(Irregular):
+        Deepening(one, two, 4)
+
+
+def test_numbers_go_on_along_a_line() -> None:
+    one, two = Component("a", copies=1, forward=0.5, weights=7), Component("a", copies=2, forward=0.75, weights=7)
+    assert further({"x": one, "y": 3}, {"x": two, "y": 5}, 10) == {
+        "x": Component("a", copies=11, forward=3.0, weights=7),
+        "y": 23,
+    }
+    with pytest.raises(Irregular):
+        further({"x": 1}, {"x": 1, "y": 2}, 1)
+
+
+def test_where_shallow_ones_do_not_tell_the_whole_is_traced() -> None:
+    config = ModelConfig(vocab_size=50, context_length=16, d_model=16, layers=12, heads=2)
+    steps = Steps(config, OptimConfig(), TrainConfig())
+
+    def unsure(step: Taken) -> int:
+        if step.more:
+            raise Irregular("made up")
+        return step.steps[0].params.__len__()
+
+    assert steps.ask(unsure, precision="fp32", micro_batch=1) == len(hollow(config).state_dict())
+    assert steps._two is None
+    assert steps.ask(lambda step: step.more, precision="fp32", micro_batch=1) == 0

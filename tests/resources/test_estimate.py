@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scratchlm.config import Recipe
 from scratchlm.model import presets
 from scratchlm.model.draw.hollow import hollow
+from scratchlm.resources.answer import collapsed
 from scratchlm.resources.devices import find
 from scratchlm.resources.estimate import (
-    collapsed,
     estimate,
     largest_fitting,
     model_of,

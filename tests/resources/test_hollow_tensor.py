@@ -28,6 +28,15 @@ OPERATIONS: dict[str, Any] = {
     "two results": lambda: torch.zeros(3, 4).max(dim=1).values,
     "pieces": lambda: torch.zeros(3, 7).split([2, 5], dim=1)[1],
     "joined": lambda: torch.cat([torch.zeros(2, 3), torch.zeros(4, 3)]),
+    "padded": lambda: F.pad(torch.zeros(2, 3, 4), (1, 2, 0, 3)),
+    "padded, turned around": lambda: F.pad(torch.zeros(2, 3, 4).transpose(1, 2), (1, 2)),
+    "cut by padding": lambda: F.pad(torch.zeros(2, 6), (-2, 1)),
+    "the largest": lambda: torch.zeros(4, 6, 3).topk(2, dim=1).values,
+    "where the largest are": lambda: torch.zeros(4, 6).topk(6).indices,
+    "the largest, turned around": lambda: torch.zeros(4, 6).t().topk(2, dim=0).values,
+    "dropped": lambda: torch.native_dropout(torch.zeros(2, 3, 4), 0.5, True)[0],
+    "which are dropped": lambda: torch.native_dropout(torch.zeros(2, 3, 4).transpose(0, 1), 0.5, True)[1],
+    "dropped with gaps": lambda: torch.native_dropout(torch.zeros(4, 6)[:, ::2], 0.5, True)[0],
     "another type": lambda: torch.zeros(2, 2).to(torch.bfloat16).sum(dtype=torch.float32),
     "attention": lambda: F.scaled_dot_product_attention(
         *(torch.zeros(2, 4, 8, 16) for _ in range(3)), is_causal=True

@@ -37,3 +37,27 @@ assert double(torch.ones(3)).sum() == 6
 def test_it_is_not_there_and_then_it_is() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+TWICE = """
+from scratchlm.config import OptimConfig, TrainConfig
+from scratchlm.model import ModelConfig
+from scratchlm.resources.no_compiler import without_the_compiler
+
+with without_the_compiler():
+    import sys
+    from scratchlm.resources.step import Traceable
+    config = ModelConfig(
+        vocab_size=64, context_length=24, d_model=48, layers=2, heads=4, kv_heads=2, qk_norm="each", qk_norm_kind="layernorm"
+    )
+    step = Traceable(config, OptimConfig(), TrainConfig())
+    assert not getattr(sys.modules["torch._meta_registrations"], "__file__", None)
+    first, second = (step.step(precision="fp32", micro_batch=2).trace for _ in range(2))
+    assert sys.modules["torch._meta_registrations"].__file__  # asked for on the way
+    assert first.timeline_by_kind() == second.timeline_by_kind()
+"""
+
+
+def test_what_is_fetched_in_the_middle_of_a_step_keeps_nothing_of_it() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

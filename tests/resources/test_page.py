@@ -13,8 +13,9 @@ import pytest
 from scratchlm.config import OptimConfig, Recipe, TrainConfig
 from scratchlm.model.config import ModelConfig
 from scratchlm.resources import page
+from scratchlm.resources.answer import Estimate
 from scratchlm.resources.devices import find
-from scratchlm.resources.estimate import Estimate, estimate
+from scratchlm.resources.estimate import estimate
 from scratchlm.resources.tables import Target
 from scratchlm.resources.timing import Datasheet
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from scratchlm.config import OptimConfig, Recipe, TrainConfig
 from scratchlm.model.config import ModelConfig
+from scratchlm.resources.answer import Component, Estimate
 from scratchlm.resources.as_json import as_json
 from scratchlm.resources.devices import find
-from scratchlm.resources.estimate import Component, Estimate, estimate
+from scratchlm.resources.estimate import estimate
 from scratchlm.resources.tables import (
     Figures,
     Target,

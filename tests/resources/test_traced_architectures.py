@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.model import ModelConfig, Transformer
-from scratchlm.resources.estimate import components_of
+from scratchlm.resources.account import components_of
 from scratchlm.resources.step import Step, Traceable
 from scratchlm.resources.trace import FLOPS
 from scratchlm.train.loss import NextTokenLoss
