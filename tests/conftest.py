@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch r
 if "TRITON_INTERPRET" not in os.environ and not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU; Triton reads it when it is imported
 
+os.environ["SCRATCHLM_KEEP_ANSWERS"] = "0"  # a user's folder stays as it is, and every estimate is a fresh one
+
 import pytest
 from small_run import write_corpus, write_recipe
 

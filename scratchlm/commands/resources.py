@@ -22,6 +22,7 @@ from scratchlm.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from scratchlm.resources.devices import Device
+    from scratchlm.resources.kept import Answer
     from scratchlm.resources.tables import Target
     from scratchlm.resources.timing import Machine
 
@@ -82,22 +83,19 @@ def resources(arguments: list[str]) -> None:
         **{name: getattr(options, name) for name in names}, device=given.device if known else options.device
     )
 
-    with without_the_compiler():
-        precision, compiled, machine, target = _settle(options, recipe, known, memory)
-        from scratchlm.resources.as_json import as_json as to_json
-        from scratchlm.resources.estimate import estimate
-        from scratchlm.resources.tables import show
+    from scratchlm.resources import kept
+    from scratchlm.resources.as_json import as_json as to_json
+    from scratchlm.resources.tables import show
 
-        found = estimate(
-            recipe,
-            precision=precision,
-            compiled=compiled,
-            machine=machine,
-            memory_bytes=target.memory_bytes,
-            price_per_hour=target.price_per_hour,
-            micro_batch=options.micro_batch,
-            on_cuda=target.device is not None and target.device.kind in ("cuda", "rocm"),
-        )
+    asked = options.model_dump(
+        mode="json", include={"device", "dtype", "compile", "memory", "price", "micro_batch"}
+    )
+    name = kept.name_of(recipe, asked, None if known else options.device)
+    answer = None if name is None else kept.find(name)
+    if answer is None:
+        answer = _worked_out(options, recipe, known, memory)
+        answer = answer if name is None else kept.keep(name, answer)
+    found, target = answer.estimate, answer.target
     if page is not None:
         from scratchlm.resources.page import write_page
 
@@ -109,6 +107,27 @@ def resources(arguments: list[str]) -> None:
     if page is not None:
         line = f"{page}: open it in a browser"
         print(line, file=sys.stderr) if as_json else say(line)
+
+
+def _worked_out(options: ResourcesArguments, recipe: Recipe, known: Device | None, memory: float | None) -> Answer:
+    """A fresh estimate."""
+    from scratchlm.resources.kept import Answer
+
+    with without_the_compiler():
+        precision, compiled, machine, target = _settle(options, recipe, known, memory)
+        from scratchlm.resources.estimate import estimate
+
+        found = estimate(
+            recipe,
+            precision=precision,
+            compiled=compiled,
+            machine=machine,
+            memory_bytes=target.memory_bytes,
+            price_per_hour=target.price_per_hour,
+            micro_batch=options.micro_batch,
+            on_cuda=target.device is not None and target.device.kind in ("cuda", "rocm"),
+        )
+    return Answer(found, target)
 
 
 def _overview() -> str:

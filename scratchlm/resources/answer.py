@@ -117,8 +117,8 @@ class Estimate:
     embedding_params: int
     forward_flops: float
     backward_flops: float
-    model_flops: float
-    six_n: float
+    model_flops: int | float
+    six_n: int
     components: list[Component]
     operations: list[OperationGroup]
     memory: Memory

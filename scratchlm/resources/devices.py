@@ -11,13 +11,13 @@ import math
 import os
 import re
 import tomllib
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from scratchlm.errors import UserError
+from scratchlm.machine import main_memory
 from scratchlm.section import Section, nearest_name, validate
 
 if TYPE_CHECKING:
@@ -236,17 +236,11 @@ def _asked(device: torch.device) -> Device:
 
 def device_memory(device: torch.device) -> float | None:
     """Bytes of memory of `device`: of a CPU what this process may have, also in a container; None where unknown."""
-    import torch
-
     if device.type == "cuda":
+        import torch
+
         return float(torch.cuda.get_device_properties(device).total_memory)
-    sizes: list[float] = []
-    with suppress(OSError, ValueError, AttributeError):
-        sizes.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max": no limit
-            sizes.append(float(Path(limit).read_text(encoding="ascii")))
-    return min(sizes) if sizes else None
+    return main_memory()
 
 
 def cache_sizes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int] | None:

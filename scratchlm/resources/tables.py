@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from scratchlm.machine import COMPILER
 from scratchlm.resources.answer import HEAD
 from scratchlm.resources.devices import Device
 
@@ -40,7 +41,7 @@ class Target:
     """
 
     device: Device | None = None
-    memory_bytes: float | None = None
+    memory_bytes: int | float | None = None
     price_per_hour: float | None = None
     price_origin: str = ""
     notes: tuple[str, ...] = ()
@@ -382,8 +383,6 @@ def show(estimate: Estimate, target: Target) -> None:
 
 def remarks(estimate: Estimate, target: Target) -> list[str]:
     """What the figures rest on, a sentence each."""
-    from scratchlm.train.fitting import COMPILER
-
     point = ridge(target, estimate.precision)
     found = [] if estimate.time is None else [f"assumed: {line}" for line in estimate.time.assumptions]
     head = next((part for part in estimate.components if part.path == HEAD), None)

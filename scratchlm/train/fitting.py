@@ -27,15 +27,12 @@ from torch import Tensor
 from scratchlm.config import TrainConfig
 from scratchlm.errors import UserError
 from scratchlm.kernels.cross_entropy import IGNORE_INDEX
+from scratchlm.machine import COMPILER
 from scratchlm.sizes import parse_bytes
 from scratchlm.train.checkpoint import generator_states, restore_generators
 
 MARGIN = 0.1
 """Share of the memory that an estimate leaves free: for the allocator's gaps and the libraries' own buffers."""
-
-COMPILER = 1_000_000_000
-"""Bytes of main memory that torch.compile takes for itself on a CPU while it works: its own modules and graphs (kept), and a C++ compiler per
-thread (for a moment)."""
 
 _MESSAGES = (
     "can't allocate memory",  # torch's allocator on a CPU

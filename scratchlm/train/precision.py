@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +10,7 @@ import torch
 
 from scratchlm.errors import UserError
 from scratchlm.kernels.hardware import has_native_bf16, has_native_fp8
+from scratchlm.machine import find_compiler
 
 Precision = Literal["fp32", "bf16"]
 
@@ -85,14 +84,6 @@ def check_fp8(precision: str, device: torch.device) -> None:
         raise UserError(
             f"train.fp8 = true, but the run is in {precision}: set train.precision = bf16, or leave fp8 out"
         )
-
-
-def find_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would use on a CPU, or None."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
 
 
 COMPILE_PAYS_AFTER_STEPS = 100

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from scratchlm import machine
 from scratchlm.errors import UserError
 from scratchlm.kernels.hardware import has_native_bf16
 from scratchlm.train import precision
@@ -17,7 +18,6 @@ from scratchlm.train.precision import (
     choose_compile,
     choose_device,
     choose_precision,
-    find_compiler,
 )
 
 CPU = torch.device("cpu")
@@ -64,8 +64,8 @@ def test_a_demand_is_followed(wanted: str) -> None:
 
 
 def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.shutil, "which", lambda _: None)
-    assert find_compiler() is None
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    assert machine.find_compiler() is None
     assert choose_compile("auto", CPU, 10_000).value == "off"
     assert "no C++ compiler" in choose_compile("auto", CPU, 10_000).reason
     with pytest.raises(UserError, match=r"train.compile = on, but no C\+\+ compiler was found"):
@@ -73,7 +73,7 @@ def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compile_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.shutil, "which", lambda name: f"bin/{name}")
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"bin/{name}")
     assert choose_compile("auto", CPU, COMPILE_PAYS_AFTER_STEPS - 1).value == "off"
     assert choose_compile("auto", CPU, COMPILE_PAYS_AFTER_STEPS).value == "on"
     assert choose_compile("on", CPU, 1).value == "on"
