@@ -6,7 +6,8 @@ peak of the traced step. What torch's compiler itself holds is none of the model
 the resident set between two steps, and the tensors that are there then; the rest is written beside it as `compiler`. Time: as `scratchlm train` runs (freed memory is kept), the median of the steps after three for
 warming up, compared with the prediction from `scratchlm resources measure`, which must have been run on this machine before.
 
-Start: whole processes of `scratchlm resources`, interleaved with one that only imports torch, by the clock and by the CPU's time.
+Start: whole processes of `scratchlm resources`, interleaved with one that only imports torch, by the clock and by the CPU's time: traced anew,
+and answered from what was kept of it. Python may write its compiled files, as it does unless one forbids it.
 
 The same on a GPU: ``benchmarks/resources_cuda.py``.
 
@@ -19,10 +20,12 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -249,14 +252,20 @@ def predict(what: str, given: dict[str, Any]) -> float:
 
 
 def measure_start(rounds: int) -> list[dict[str, Any]]:
-    """Whole processes, the first round thrown away: it fills the file cache."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in START}
-    for _ in range(rounds + 1):
-        for name, arguments in START.items():
-            used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-            subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
-            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-            taken[name].append((seconds, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime))
+    """Whole processes, the first round thrown away: it fills the file cache and keeps the answers."""
+    cases = {name: (arguments, "0") for name, arguments in START.items()}
+    cases |= {f"{name}, asked again": (arguments, "1") for name, arguments in START.items() if "import" not in name}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    with tempfile.TemporaryDirectory() as cache:
+        environment["XDG_CACHE_HOME"] = cache
+        for _ in range(rounds + 1):
+            for name, (arguments, keep) in cases.items():
+                used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                given = environment | {"SCRATCHLM_KEEP_ANSWERS": keep}
+                subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True, env=given)
+                seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+                taken[name].append((seconds, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime))
     rows = []
     for name, runs in taken.items():
         clock, cpu = ([run[at] for run in runs[1:]] for at in (0, 1))
