@@ -17,7 +17,7 @@ from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import disk_errors, expanded
 from scratchlm.model import presets
-from scratchlm.resources.no_compiler import without_the_compiler
+from scratchlm.resources.no_compiler import uncollected, without_the_compiler
 from scratchlm.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -91,19 +91,20 @@ def resources(arguments: list[str]) -> None:
         mode="json", include={"device", "dtype", "compile", "memory", "price", "micro_batch"}
     )
     name = kept.name_of(recipe, asked, None if known else options.device)
-    answer = None if name is None else kept.find(name)
-    if answer is None:
-        answer = _worked_out(options, recipe, known, memory)
-        answer = answer if name is None else kept.keep(name, answer)
-    found, target = answer.estimate, answer.target
-    if page is not None:
-        from scratchlm.resources.page import write_page
+    with uncollected():
+        answer = None if name is None else kept.find(name)
+        if answer is None:
+            answer = _worked_out(options, recipe, known, memory)
+            answer = answer if name is None else kept.keep(name, answer)
+        found, target = answer.estimate, answer.target
+        if page is not None:
+            from scratchlm.resources.page import write_page
 
-        write_page(found, target, page)
-    if as_json:
-        write(json.dumps(to_json(found, target), indent=2) + "\n")
-    else:
-        show(found, target)
+            write_page(found, target, page)
+        if as_json:
+            write(json.dumps(to_json(found, target), indent=2) + "\n")
+        else:
+            show(found, target)
     if page is not None:
         line = f"{page}: open it in a browser"
         print(line, file=sys.stderr) if as_json else say(line)

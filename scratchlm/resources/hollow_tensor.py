@@ -51,7 +51,7 @@ class HollowTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        return _without_numbers(func, args, kwargs or {})  # outside of the mode they stay hollow all the same
+        return without_numbers(func, args, kwargs or {})  # outside of the mode they stay hollow all the same
 
 
 class Hollow(TorchDispatchMode):
@@ -62,7 +62,7 @@ class Hollow(TorchDispatchMode):
         return False  # to make sure that nobody compiles what is below, torch would import its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _without_numbers(func, args, kwargs or {})
+        return without_numbers(func, args, kwargs or {})
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -78,7 +78,8 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return found
 
 
-def _without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+def without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives of hollow tensors, called where no dispatch mode is active: hollow ones, in the real ones' shapes and strides."""
     if func is torch.ops.prim.device.default:  # how C++ asks
         return META if HollowTensor.in_kernel else CPU
     if HollowTensor.in_kernel:

@@ -37,8 +37,7 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def without_the_compiler() -> Iterator[None]:
-    """Inside, these modules are not imported unless something asks for more of them than named above, and nothing is collected: Python would walk over
-    all that was imported again and again, a tenth of an estimate's time.
+    """Inside, these modules are not imported unless something asks for more of them than named above.
 
     Best entered before torch is imported. For a process that compiles nothing afterwards: torch remembers what it found here. What is imported already
     stays as it is.
@@ -49,16 +48,25 @@ def without_the_compiler() -> Iterator[None]:
         if outer in put:
             setattr(put[outer], inner, module)
     sys.modules.update(put)
-    collecting = gc.isenabled()
+    try:
+        yield
+    finally:
+        for name, module in put.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python does not look for objects that hold each other: it would walk over all that was imported again and again, a tenth of an estimate's
+    time; and what dies there dies by its count."""
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
+        if was_on:
             gc.enable()
-        for name, module in put.items():
-            if sys.modules.get(name) is module:
-                del sys.modules[name]
 
 
 _FIRST = ("torch.export", "torch._meta_registrations")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from scratchlm.model.draw.hollow import NO_DRAWING
 from scratchlm.model.transformer import Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm, newton_schulz
 from scratchlm.resources.compiled import compiled as as_compiled
-from scratchlm.resources.no_compiler import fetched
+from scratchlm.resources.no_compiler import fetched, uncollected
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.working_copy import Computing
@@ -164,7 +163,7 @@ class Traceable:
             checkpointing: instead of the recipe's ``train.activation_checkpointing``.
         """
         length = length or self.config.context_length
-        with self._place(), _no_collections():
+        with self._place():
             batch = self.batch(micro_batch, length)
             changed = {"loss_kernel": loss_kernel, "activation_checkpointing": checkpointing}
             train = self.train.model_copy(update={name: value for name, value in changed.items() if value})
@@ -174,25 +173,25 @@ class Traceable:
             loss.rows = cross_entropy.rows_for(vocab, compiled=compiled, device_type=self.device_type)
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
-            tracer = Tracer(computing.model)
+            tracer = Tracer(computing.model, hollow=not self.real)
             self._watch_what_is_there(tracer, batch, computing.model)
             watch_gradients(tracer, self.model)
-            place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
-            with tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
-                tracer.phase = "forward"
-                with computing.context():
-                    objective = loss(batch)
-                tracer.note_kept()
-                tracer.phase = "backward"
-                (objective / (micro_batch * length)).backward()
-                watch_gradients(tracer, computing.model)
-                computing.collect()
-                watch_gradients(tracer, self.model)
-                if not for_peak:
-                    tracer.phase = "optimizer"
-                    self._clip()
-                    self.optimizers.step()
-                    computing.refresh()
+        place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
+        with uncollected(), tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
+            tracer.phase = "forward"
+            with computing.context():
+                objective = loss(batch)
+            tracer.note_kept()
+            tracer.phase = "backward"
+            (objective / (micro_batch * length)).backward()
+            watch_gradients(tracer, computing.model)
+            computing.collect()
+            watch_gradients(tracer, self.model)
+            if not for_peak:
+                tracer.phase = "optimizer"
+                self._clip()
+                self.optimizers.step()
+                computing.refresh()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
         fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already
@@ -305,15 +304,3 @@ def _few_blocks() -> Iterator[None]:
 
     with _replaced(cross_entropy, "blocks_of", some_of):
         yield
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Python's garbage collector walks over all operations again and again, and what dies here dies by its count."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 import scratchlm.kernels.moe  # noqa: F401  (registers the grouped products)
-from scratchlm.resources.hollow_tensor import Hollow, tensors_in
+from scratchlm.resources.hollow_tensor import Hollow, tensors_in, without_numbers
 from scratchlm.resources.places import Places
 
 Phase = Literal["setup", "forward", "backward", "optimizer"]
@@ -146,10 +146,17 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """Notes operations and storages while it is entered; see :class:`Trace`."""
+    """Notes operations and storages while it is entered; see :class:`Trace`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: its modules are the places of operations.
+        hollow: whether tensors made inside hold no numbers, as in :class:`scratchlm.resources.hollow_tensor.Hollow`, but sooner: one mode is asked
+            about every operation in the place of two.
+    """
+
+    def __init__(self, model: nn.Module, *, hollow: bool = False) -> None:
         super().__init__()
+        self.hollow = hollow
         self.trace = Trace()
         self.phase: Phase = "setup"
         self._model = model
@@ -210,7 +217,7 @@ class Tracer(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # asked by C++ more often than all else together
             return args[0].device
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = without_numbers(func, args, kwargs) if self.hollow else func(*args, **kwargs)
         known = _known(func)
         if known.is_view:
             return out

@@ -51,7 +51,9 @@ def test_it_is_what_was_kept(keeping: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no archive", gzip.compress(b"{"), gzip.compress(b"{}"), gzip.compress(b"[1]" * 1000)[:-9]]
+    "content",
+    [b"", b"no archive", gzip.compress(b"{"), gzip.compress(b"{}"), gzip.compress(b"[1]" * 1000)[:-9]],
+    ids=["empty", "no archive", "no JSON", "no answer", "cut off"],
 )
 def test_what_cannot_be_read_is_not_there(keeping: Path, content: bytes) -> None:
     keeping.mkdir(parents=True)
