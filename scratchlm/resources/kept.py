@@ -76,6 +76,10 @@ def name_of(recipe: Recipe, options: Mapping[str, Any], here: str | None) -> str
         return None  # its file says how large the vocabulary is
     if here is not None and here != "cpu" and not surely_no_accelerator():
         return None  # what there is, only torch knows
+    try:
+        folder()
+    except RuntimeError:  # who has no home has no place for answers
+        return None
     question = {"recipe": recipe.model_dump(mode="json"), "options": dict(options), "here": here}
     ground = {"format": FORMAT, "question": question, "surroundings": list(_surroundings())}
     return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()

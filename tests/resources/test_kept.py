@@ -134,6 +134,9 @@ def test_what_only_torch_or_a_file_knows_is_not_kept(monkeypatch: pytest.MonkeyP
     assert kept.name_of(trained, {}, None) is not None
     tokenizer = trained.tokenizer.model_copy(update={"path": tmp_path / "tokenizer.json"})
     assert kept.name_of(trained.model_copy(update={"tokenizer": tokenizer}), {}, None) is None
+    with monkeypatch.context() as one:
+        one.setattr(kept, "default_path", Path("~nobody-of-this-name/a").expanduser)
+        assert kept.name_of(recipe(), {}, None) is None
     monkeypatch.setenv(kept.SWITCH, "0")
     assert kept.name_of(recipe(), {}, None) is None
 
