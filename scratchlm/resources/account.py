@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ def account_of(step: Step, model: Transformer, machine: Machine | None, compiled
         flops={phase: step.trace.flops(phase) for phase in ("forward", "backward")},
         model_flops=model.training_flops_per_token(step.length),
         components={component.path: component for component in components_of(step, model)},
-        operations=_operations(step, machine),
+        operations=groups_of(step.trace.operations, machine),
         seconds=seconds,
         calls=calls,
         state=sum_of("optimizer state", step.memory),
@@ -138,9 +139,12 @@ def _active(model: Transformer, module: str, params: int) -> int:
     return params * mixture.k // mixture.n_experts
 
 
-def _operations(step: Step, machine: Machine | None) -> dict[tuple[str, str, str], OperationGroup]:
+def groups_of(
+    operations: Sequence[Operation], machine: Machine | None
+) -> dict[tuple[str, str, str], OperationGroup]:
+    """Operations by phase, component and name."""
     groups: dict[tuple[str, str, str], list[Operation]] = defaultdict(list)
-    for operation in step.trace.operations:
+    for operation in operations:
         place = "" if operation.phase == "optimizer" else collapsed(operation.module)
         groups[operation.phase, place, operation.name].append(operation)
     found = {}

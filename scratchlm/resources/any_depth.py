@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.transformer import Transformer
-from scratchlm.resources.account import Account, account_of, further, sum_of
+from scratchlm.resources.account import Account, account_of, further, groups_of, sum_of
 from scratchlm.resources.answer import Memory, collapsed
 from scratchlm.resources.depth import Deepening, Irregular, shallow
 from scratchlm.resources.step import Step, Traceable
@@ -35,9 +35,13 @@ class Taken:
     models: tuple[Transformer, ...]
     more: int = 0
 
+    def live(self) -> list[int]:
+        """Bytes at every operation."""
+        return self._deeper([trace.timeline() for trace in self._traces])
+
     def peak(self) -> int:
         """The most bytes that live at once."""
-        return max(self._deeper([trace.timeline() for trace in self._traces]))
+        return max(self.live())
 
     def bytes_of(self, kind: Kind) -> int:
         """Of all storages of one kind."""
@@ -46,7 +50,13 @@ class Taken:
     def account(self, machine: Machine | None, compiled: bool) -> Account:
         """All that adds up; see :func:`scratchlm.resources.account.account_of`."""
         pairs = zip(self.steps, self.models, strict=True)
-        return self._further([account_of(step, model, machine, compiled) for step, model in pairs])
+        found = self._further([account_of(step, model, machine, compiled) for step, model in pairs])
+        if self._deepening is not None:
+            updates = self._deepening.optimizer(*(step.trace.operations for step in self.steps))
+            found.operations |= groups_of(updates, machine)
+            if machine is not None:
+                found.seconds["optimizer"] = sum(machine.of(operation).seconds for operation in updates)
+        return found
 
     def memory(self) -> Memory:
         """Bytes at every operation, and what they are at the peak."""
@@ -108,8 +118,10 @@ class Steps:
         self._two: tuple[Traceable, Traceable, int] | None = None
         found = shallow(config)
         if found is not None:
-            one, two, more = found
+            one, two, three, more = found
             self._two = prepared(one), prepared(two), more
+            self._three = functools.cache(lambda: prepared(three))
+        self._foretold = False
 
     def ask(self, question: Callable[[Taken], T], **how: Any) -> T:
         """What `question` finds in a step.
@@ -120,11 +132,24 @@ class Steps:
         """
         if self._two is not None:
             *prepared, more = self._two
+            taken = _taken(prepared, more, how)
             try:
-                return question(_taken(prepared, more, how))
+                if how.get("compiled") and not self._foretold:
+                    self._foretell(replace(taken, more=2), how)
+                return question(taken)
             except Irregular:
                 self._two = None  # its other steps are no more regular
         return question(_taken([self._whole()], 0, how))
+
+    def _foretell(self, taken: Taken, how: dict[str, Any]) -> None:
+        """See that the two foretell the third, in what a compiler keeps.
+
+        Raises:
+            Irregular: they do not.
+        """
+        if taken.live() != self._three().step(**how).memory.timeline():
+            raise Irregular("what is kept of a block depends on how deep it lies")
+        self._foretold = True
 
 
 def _taken(prepared: Sequence[Traceable], more: int, how: dict[str, Any]) -> Taken:

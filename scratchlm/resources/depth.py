@@ -10,18 +10,19 @@ pass, what the period kept as well::
 
 So two traces say for every operation, counted from the phase's start or from its end, how its live bytes grow with depth. The result is exact, which the
 tests hold over the whole table of architectures. An optimizer goes over all layers several times: there each run of equal operations grows in its middle.
+What a compiler keeps of a block may depend on how deep it lies, as in some parallel blocks: a third trace tells (:class:`scratchlm.resources.any_depth.Steps`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scratchlm.model.config import ModelConfig
 from scratchlm.resources.answer import collapsed
-from scratchlm.resources.trace import Trace
+from scratchlm.resources.trace import Operation, Trace
 
 _AT_THE_ENDS = 2
 """Periods of the shallower model: one to begin with and one to end with."""
@@ -31,10 +32,10 @@ class Irregular(Exception):
     """The deeper of two models does not do what the other does with a period more."""
 
 
-def shallow(config: ModelConfig) -> tuple[ModelConfig, ModelConfig, int] | None:
-    """Two models with fewer layers, the second with one period more than the first, and how many periods more the given one has than the first.
+def shallow(config: ModelConfig) -> tuple[ModelConfig, ModelConfig, ModelConfig, int] | None:
+    """Models with fewer layers, each with one period more than the one before, and how many periods more the given one has than the first.
 
-    None: it has hardly more layers than the two together.
+    The third is there to see whether the first two foretell it. None: the given one has hardly more layers than the two together.
     """
     period = math.lcm(
         *(len(p) for p in (config.attention, config.mask, config.position, config.rope.theta, config.rope.scaling)),
@@ -45,8 +46,25 @@ def shallow(config: ModelConfig) -> tuple[ModelConfig, ModelConfig, int] | None:
     first = before + rest + _AT_THE_ENDS * period
     if more <= _AT_THE_ENDS + 1 or config.layers <= 2 * first + period:
         return None
-    one, two = (config.model_copy(update={"layers": layers}) for layers in (first, first + period))
-    return one, two, more - _AT_THE_ENDS
+    one, two, three = (config.model_copy(update={"layers": first + n * period}) for n in range(3))
+    return one, two, three, more - _AT_THE_ENDS
+
+
+def _grown(one: Operation, two: Operation, more: int) -> Operation:
+    """What an operation over all layers is in the deeper model."""
+
+    def along(a: int, b: int) -> int:
+        return a + more * (b - a)
+
+    alike = [len(shape) for shape in one.shapes] == [len(shape) for shape in two.shapes]
+    shapes = zip(one.shapes, two.shapes, strict=True) if alike else ()
+    return replace(
+        two,
+        flops=along(one.flops, two.flops),
+        read=along(one.read, two.read),
+        written=along(one.written, two.written),
+        shapes=tuple(tuple(map(along, a, b)) for a, b in shapes) if alike else two.shapes,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,10 +98,11 @@ class Deepening:
         if [phase for phase, *_ in phases[0]] != [phase for phase, *_ in phases[1]]:
             raise Irregular("other phases")
         self._stretches: list[_Stretch] = []
-        for (phase, start, names), (_, start_two, longer) in zip(*phases, strict=True):
-            self._stretches += _once(phase, start, names, start_two, longer) or _in_runs(
-                phase, start, names, start_two, longer
-            )
+        for (phase, start, first), (_, start_two, second) in zip(*phases, strict=True):
+            # With place and shapes, so that a layer's end is not taken for what follows it.
+            named = [[f"{_name(op)} of {op.shapes}" for op in operations] for operations in (first, second)]
+            once = [] if phase == "optimizer" else _once(phase, start, named[0], start_two, named[1])
+            self._stretches += once or _in_runs(phase, start, first, start_two, second)
 
     def phases(self) -> list[str]:
         """Of every operation."""
@@ -107,6 +126,16 @@ class Deepening:
                 rest = self.more - 1 - n
                 found += [m + n * a + rest * b for m, a, b in zip(middle, last, first, strict=True)]
             found += [a + self.more * (b - a) for a, b in after]
+        return found
+
+    def optimizer(self, one: Sequence[Operation], two: Sequence[Operation]) -> list[Operation]:
+        """The deep model's optimizer's: each with the bytes, FLOPs and sizes that it has then, as its time need not grow along a line."""
+        found: list[Operation] = []
+        for s in (s for s in self._stretches if s.phase == "optimizer"):
+            pairs = list(zip(s.one, (*s.two[: s.cut], *s.two[s.cut + s.added :]), strict=True))
+            grown = [_grown(one[i], two[j], self.more) for i, j in pairs]
+            middle = [two[j] for j in s.two[s.cut : s.cut + s.added]]
+            found += [*grown[: s.cut], *middle * self.more, *grown[s.cut :]]
         return found
 
     def parts(self, at: int) -> list[tuple[int, int, int]]:
@@ -145,29 +174,39 @@ def _once(phase: str, start: int, names: list[str], start_two: int, longer: list
     return [_Stretch(phase, one, two, cut if added else 0)]
 
 
-def _in_runs(phase: str, start: int, names: list[str], start_two: int, longer: list[str]) -> list[_Stretch]:
-    """A phase that goes over the layers again and again: runs of equal operations, some of which are longer in `longer`."""
-    runs, longer_runs = ([(name, len(list(run))) for name, run in groupby(given)] for given in (names, longer))
-    if [name for name, _ in runs] != [name for name, _ in longer_runs]:
+def _in_runs(phase: str, start: int, one: list[Operation], start_two: int, two: list[Operation]) -> list[_Stretch]:
+    """A phase that goes over the layers again and again: runs of equal operations, some of which are longer in `two`.
+
+    A run that has as many calls in both may take more in each of them: all layers at once.
+    """
+    runs, longer_runs = ([list(run) for _, run in groupby(given, _name)] for given in (one, two))
+    if [_name(run[0]) for run in runs] != [_name(run[0]) for run in longer_runs]:
         raise Irregular(f"other operations in the {phase} pass")
-    found = []
-    for (name, length), (_, length_two) in zip(runs, longer_runs, strict=True):
-        added = length_two - length
-        cut = length // 2
-        if added and not added <= cut:
-            raise Irregular(f"{name} is called too seldom to see how it repeats")
-        one, two = range(start, start + length), range(start_two, start_two + length_two)
-        found.append(_Stretch(phase, one, two, cut))
-        start, start_two = start + length, start_two + length_two
+    found: list[_Stretch] = []
+    for run, longer in zip(runs, longer_runs, strict=True):
+        if len(run) == len(longer):
+            ranges = range(start, start + len(run)), range(start_two, start_two + len(run))
+            found.append(_Stretch(phase, *ranges, 0))
+        else:
+            shapes = [[str(operation.shapes) for operation in operations] for operations in (run, longer)]
+            aligned = _once(phase, start, shapes[0], start_two, shapes[1])
+            if not aligned:
+                raise Irregular(f"{_name(run[0])} is not repeated layer by layer")
+            found += aligned
+        start, start_two = start + len(run), start_two + len(longer)
     return found
 
 
-def _by_phase(trace: Trace) -> list[tuple[str, int, list[str]]]:
-    """Each phase, the number of its first operation, and the names of all, each with its place: so that a layer's end is not taken for what follows."""
+def _name(operation: Operation) -> str:
+    return f"{operation.name} in {collapsed(operation.module)}"
+
+
+def _by_phase(trace: Trace) -> list[tuple[str, int, list[Operation]]]:
+    """Each phase, the number of its first operation, and all of them."""
     found = []
     start = 0
     for phase, group in groupby(trace.operations, lambda operation: operation.phase):
-        names = [f"{operation.name} in {collapsed(operation.module)}" for operation in group]
-        found.append((str(phase), start, names))
-        start += len(names)
+        operations = list(group)
+        found.append((str(phase), start, operations))
+        start += len(operations)
     return found

@@ -270,7 +270,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.stack.default: _stacked,
     **dict.fromkeys((_ATEN.slice_backward.default, _ATEN.select_backward.default), _spread),
 }
-"""What small tensors cannot answer: sizes from numbers alone, where small ones are too small, and products, which are slow to start. None: ask on."""
+"""What small tensors cannot answer, or not soon: sizes that are given as numbers, operations that draw or whose numbers do not fit small sizes, and
+products, which are slow to start. A rule that gives None does not know: small tensors are asked then, and torch's rule at last."""
 
 
 def _answer(out: Any, args: Any, layout: Callable[[Tensor], Any]) -> Any:
@@ -293,7 +294,7 @@ def _answer(out: Any, args: Any, layout: Callable[[Tensor], Any]) -> Any:
     return None
 
 
-_NOTHING = "nothing"
+_NOTHING = object()
 """The answer of a result that is none: a gradient nobody wants, say."""
 
 

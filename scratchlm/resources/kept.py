@@ -45,6 +45,7 @@ MOST = 100
 """How many answers are kept; those not asked for the longest go first."""
 
 SWITCH = "SCRATCHLM_KEEP_ANSWERS"
+PROCESSOR = Path("/proc/cpuinfo")
 _ENVIRONMENT = ("SCRATCHLM_", "TORCH", "PYTORCH", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "CUDA_")
 """Variables that may have a say in what torch does begin with these."""
 
@@ -89,13 +90,12 @@ def _surroundings() -> Iterator[Any]:
     """Everything besides the question that an answer rests on."""
     yield [sys.version, sys.platform, platform.machine(), cores(), main_memory(), find_compiler()]
     root = Path(scratchlm.__file__).parent
-    yield sorted(_stamp(path, root) for path in _sources(root))
+    yield sorted((str(path.relative_to(root)), _content(path)) for path in _sources(root))
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
-        home = Path(torch.origin).parent
-        yield [_stamp(path, home) for path in (home / "version.py", home / "__init__.py") if path.exists()]
+        yield [torch.origin, _content(Path(torch.origin).with_name("version.py"))]
     with suppress(OSError):
-        processor, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")
+        processor, _, _ = PROCESSOR.read_text(encoding="utf-8", errors="replace").partition("\n\n")
         said = (
             line for line in processor.splitlines() if line.startswith(("model name", "flags", "Features", "CPU "))
         )
@@ -111,9 +111,12 @@ def _sources(root: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names if name.endswith((".py", ".toml", ".json")))
 
 
-def _stamp(path: Path, root: Path) -> list[Any]:
-    facts = path.stat()
-    return [str(path.relative_to(root)), facts.st_size, facts.st_mtime_ns]
+def _content(path: Path) -> str:
+    """A hash of it; empty for what cannot be read, such as an editor's lock."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def find(name: str) -> Answer | None:
@@ -121,20 +124,30 @@ def find(name: str) -> Answer | None:
     path = folder() / f"{name}.json.gz"
     try:
         found = _adapter().validate_json(gzip.decompress(path.read_bytes()))
-        os.utime(path)  # the last to be thrown away
     except (OSError, EOFError, zlib.error, ValidationError):
         return None
+    with suppress(OSError):
+        os.utime(path)  # the last to be thrown away
     return found
 
 
 def keep(name: str, answer: Answer) -> Answer:
-    """Keep an answer, if the disk lets us, and give it back as :func:`find` will: numbers of one kind, so that both print the same."""
-    text = _adapter().dump_json(answer)
+    """Keep an answer, if the disk lets us, and give it back as :func:`find` will: numbers of one kind, so that both print the same.
+
+    One that JSON has no words for, such as an infinite price, is not kept.
+    """
+    try:
+        text = _adapter().dump_json(answer)
+        same = _adapter().validate_json(text)
+    except ValueError:  # pydantic's, of both directions
+        return answer
+    if same != answer:
+        return answer
     with suppress(OSError, UserError):
         folder().mkdir(parents=True, exist_ok=True)
         write_bytes(folder() / f"{name}.json.gz", gzip.compress(text, compresslevel=1))
         _throw_away()
-    return _adapter().validate_json(text)
+    return same
 
 
 def _throw_away() -> None:

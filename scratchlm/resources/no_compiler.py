@@ -39,8 +39,8 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 def without_the_compiler() -> Iterator[None]:
     """Inside, these modules are not imported unless something asks for more of them than named above.
 
-    Best entered before torch is imported. For a process that compiles nothing afterwards: torch remembers what it found here. What is imported already
-    stays as it is.
+    Best entered before torch is imported. For a process that afterwards compiles nothing and counts no FLOPs of Triton kernels: torch remembers what it
+    found here. What is imported already stays as it is.
     """
     put = {name: _StandIn(name, names) for name, names in _STAND_INS.items() if name not in sys.modules}
     for name, module in put.items():

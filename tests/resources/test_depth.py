@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from model_variants import VARIANTS
+from test_timing import measured
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.model import ModelConfig
@@ -16,16 +17,15 @@ from scratchlm.resources.answer import Component
 from scratchlm.resources.any_depth import Steps, Taken
 from scratchlm.resources.depth import Deepening, Irregular, shallow
 from scratchlm.resources.devices import find
-from scratchlm.resources.timing import Datasheet
+from scratchlm.resources.timing import Datasheet, Machine, Measured
 from scratchlm.resources.trace import Operation, Storage, Trace
 
 IRREGULAR = ("moe", "norm = layernorm_nobias")
-"""Prefixes of variants that need not be answered: what experts report is added up over the layers at the end, and a gain without a bias is copied
+"""Prefixes of variants that need not be told: what experts report is added up over the layers at the end, and a gain without a bias is copied
 in some layers."""
 
-ALMOST = ("parallel, double, vector", "parallel_shared, double")
-"""Compiled, the second of two layers reads something that in deeper models only layers away from the end read: between the peaks, a layer's
-residual stream too much is drawn."""
+BY_DEPTH = ("parallel, double, vector", "parallel_shared, double")
+"""Compiled, what is kept of these blocks depends on how deep they lie."""
 
 SOME = (
     "norm = rmsnorm",
@@ -36,37 +36,52 @@ SOME = (
     "delta and window",
     "local and global theta",
     "mtp",
-    "moe",
 )
 
+SMALL = ModelConfig(vocab_size=60, context_length=32, d_model=48, heads=4, layers=9)
+H100 = Datasheet(find("h100"))
 
-def check(name: str, precision: str, compiled: bool, optimizer: str = "adamw") -> None:
-    """Everything that is asked of a step: by two shallow models as of the deep one, to the byte and the FLOP."""
-    config = VARIANTS[name]
-    for layers in range(8, 60):
-        config = config.model_copy(update={"layers": layers})
-        if shallow(config) is not None and layers % 2:  # so that patterns do not divide them
-            break
+
+def cached() -> Measured:
+    """A machine whose passes over memory are fastest in the middle: its seconds grow along no line."""
+    rates = {10**4: 2e9, 10**5: 2e10, 10**6: 4e10, 10**7: 3e10, 10**8: 1e10}
+    passes = [
+        {"operation": name, "dtype": "fp32", "tensor_bytes": size, "moved": size, "seconds": size / rate}
+        | {"spread": 0.0, "rounds": 3}
+        for name in ("add", "silu", "softmax", "layer_norm")
+        for size, rate in rates.items()
+    ]
+    return Measured(measured(elementwise=passes))
+
+
+def check(
+    config: ModelConfig,
+    optim: OptimConfig | None = None,
+    *,
+    precision: str = "fp32",
+    compiled: bool = False,
+    machine: Machine = H100,
+    device_type: str = "cpu",
+) -> bool:
+    """Everything that is asked of a step: by two shallow models as of the deep one, to the byte and the FLOP.
+
+    Returns:
+        Whether the two told.
+    """
     how: dict[str, Any] = {
         "precision": precision,
         "accumulation": 2 if precision == "bf16" else 1,
         "compiled": compiled,
+        "micro_batch": 2,
     }
-    optim = OptimConfig(optimizer=optimizer)
-    machine = Datasheet(find("h100"))
-    by_two, whole = Steps(config, optim, TrainConfig()), Steps(config, optim, TrainConfig())
+    by_two, whole = (
+        Steps(config, optim or OptimConfig(), TrainConfig(), device_type=device_type) for _ in range(2)
+    )
     assert by_two._two is not None
     whole._two = None
-    account, memory = by_two.ask(
-        lambda step: (step.account(machine, compiled), step.memory()), micro_batch=2, **how
-    )
-    assert by_two._two is not None or name.startswith(IRREGULAR)
-    known, bytes_ = whole.ask(lambda step: (step.account(machine, compiled), step.memory()), micro_batch=2, **how)
-    assert by_two.ask(Taken.peak, micro_batch=2, **how) == bytes_.peak == memory.peak
-    if compiled and name in ALMOST:
-        live = [[bytes_ for _, bytes_ in one.timeline] for one in (memory, bytes_)]
-        assert live[0] == pytest.approx(live[1], rel=0.05) and live[0] != live[1]
-        memory.timeline, memory.by_kind = bytes_.timeline, bytes_.by_kind
+    account, memory = by_two.ask(lambda step: (step.account(machine, compiled), step.memory()), **how)
+    known, bytes_ = whole.ask(lambda step: (step.account(machine, compiled), step.memory()), **how)
+    assert by_two.ask(Taken.peak, **how) == bytes_.peak == memory.peak
     assert memory == bytes_
     assert account.seconds == pytest.approx(known.seconds)
     assert list(account.components) == list(known.components)
@@ -83,17 +98,19 @@ def check(name: str, precision: str, compiled: bool, optimizer: str = "adamw") -
         name: getattr(known, name) for name in ("seconds", "operations", "components", "model_flops")
     }  # looked at above
     assert replace(account, **same) == known
+    return by_two._two is not None
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lion", "adafactor", "muon"])
-def test_optimizers_that_go_over_the_layers_again_and_again(optimizer: str) -> None:
-    check("norm = rmsnorm", "fp32", False, optimizer)
+def deep(config: ModelConfig) -> ModelConfig:
+    """The same with just so many layers that shallow ones are asked, and so that patterns do not divide them."""
+    models = (config.model_copy(update={"layers": layers}) for layers in range(9, 61, 2))
+    return next(model for model in models if shallow(model) is not None)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", SOME)
 def test_a_deep_step_is_that_of_its_own_trace(name: str, compiled: bool) -> None:
-    check(name, "bf16", compiled)
+    assert check(deep(VARIANTS[name]), precision="bf16", compiled=compiled)
 
 
 @pytest.mark.slow
@@ -101,7 +118,46 @@ def test_a_deep_step_is_that_of_its_own_trace(name: str, compiled: bool) -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.layers])
 def test_over_all_architectures(name: str, precision: str, compiled: bool) -> None:
-    check(name, precision, compiled)
+    told = check(deep(VARIANTS[name]), precision=precision, compiled=compiled)
+    assert told or name.startswith(IRREGULAR) or (compiled and name in BY_DEPTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", [*SOME, *BY_DEPTH])
+def test_many_layers(name: str, device_type: str) -> None:
+    config = VARIANTS[name].model_copy(update={"layers": 41})
+    told = check(config, precision="bf16", compiled=True, device_type=device_type)
+    assert told == (name not in BY_DEPTH)
+
+
+@pytest.mark.parametrize("name", BY_DEPTH)
+def test_where_a_third_trace_says_otherwise_the_whole_is_traced(name: str) -> None:
+    assert not check(deep(VARIANTS[name]), compiled=True)
+    assert check(deep(VARIANTS[name]), compiled=False)
+
+
+def test_experts_are_traced_whole() -> None:
+    assert not check(deep(VARIANTS["moe"]))
+
+
+@pytest.mark.parametrize("predictions", [0, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "lion", "adafactor", "muon"])
+def test_optimizers_that_go_over_the_layers_again_and_again(optimizer: str, predictions: int) -> None:
+    config = SMALL.model_copy(update={"mtp_depth": predictions})
+    assert check(config, OptimConfig(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lion"])
+def test_optimizers_that_update_one_tensor_after_the_other_are_traced_whole(optimizer: str) -> None:
+    assert not check(SMALL, OptimConfig(optimizer=optimizer, implementation="reference"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_seconds_that_grow_along_no_line(optimizer: str) -> None:
+    """An operation over all layers takes its time from what it moves then."""
+    config = SMALL.model_copy(update={"layers": 31, "d_model": 128})
+    assert check(config, OptimConfig(optimizer=optimizer), machine=cached())
 
 
 def test_patterns_stay_as_they_are() -> None:
@@ -110,9 +166,9 @@ def test_patterns_stay_as_they_are() -> None:
     )
     found = shallow(mixed)
     assert found is not None
-    one, two, more = found
-    assert (one.layers, two.layers, more) == (17, 23, 7)
-    for model in (one, two):
+    one, two, three, more = found
+    assert (one.layers, two.layers, three.layers, more) == (17, 23, 29, 7)
+    for model in (one, two, three):
         kinds = [(model.position_at(layer), model.mask_at(layer)) for layer in range(model.layers)]
         assert kinds[:12] == [(mixed.position_at(layer), mixed.mask_at(layer)) for layer in range(12)]
         assert kinds[-12:] == [(mixed.position_at(layer), mixed.mask_at(layer)) for layer in range(47, 59)]
@@ -203,7 +259,7 @@ def test_where_shallow_ones_do_not_tell_the_whole_is_traced() -> None:
     def unsure(step: Taken) -> int:
         if step.more:
             raise Irregular("made up")
-        return step.steps[0].params.__len__()
+        return len(step.steps[0].params)
 
     assert steps.ask(unsure, precision="fp32", micro_batch=1) == len(hollow(config).state_dict())
     assert steps._two is None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from scratchlm.cli import main
 from scratchlm.config import Recipe, load_recipe
+from scratchlm.errors import UserError
 from scratchlm.files import write_json
 from scratchlm.resources import kept
 from scratchlm.resources.devices import find as find_device
@@ -68,6 +71,26 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     assert kept.find("a") is None
 
 
+def test_a_folder_that_cannot_be_written_to_is_read(keeping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = kept.keep("a", answer())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(kept.os, "utime", refuse)
+    assert kept.find("a") == given
+    monkeypatch.setattr(kept, "write_bytes", lambda *_: (_ for _ in ()).throw(UserError("the disk is full")))
+    assert kept.keep("b", given) == given and kept.find("b") is None
+
+
+@pytest.mark.parametrize("price", [math.inf, math.nan])
+def test_what_json_has_no_words_for_is_not_kept(price: float) -> None:
+    given = answer()
+    assert given.estimate.time is not None
+    given.estimate.time.price = price
+    assert kept.keep("a", given) is given and kept.find("a") is None
+
+
 def test_the_ones_not_asked_for_the_longest_go_first(keeping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "MOST", 3)
     given = answer()
@@ -96,6 +119,20 @@ def test_every_part_of_a_question_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
         with monkeypatch.context() as one:
             one.setattr(kept, function, lambda: 12345)
             others.append(kept.name_of(recipe(), options, None))
+    with monkeypatch.context() as one:
+        one.setattr(kept, "FORMAT", kept.FORMAT + 1)
+        others.append(kept.name_of(recipe(), options, None))
+    for said in ("model name : one\n\nsecond core", "flags : avx512\n\nsecond core", ""):
+        (tmp_path / "cpuinfo").write_text(said, encoding="utf-8")
+        with monkeypatch.context() as one:
+            one.setattr(kept, "PROCESSOR", tmp_path / "cpuinfo")
+            others.append(kept.name_of(recipe(), options, None))
+    for version in ("2.13.0", "2.14.0"):
+        (tmp_path / "version.py").write_text(version, encoding="utf-8")
+        with monkeypatch.context() as one:
+            torch = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+            one.setattr(kept.importlib.util, "find_spec", lambda name, torch=torch: torch)
+            others.append(kept.name_of(recipe(), options, None))
     write_json(kept.default_path(), {"measured": 1})
     others.append(kept.name_of(recipe(), options, None))
     write_json(kept.default_path(), {"measured": 2})
@@ -116,12 +153,16 @@ def test_every_source_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (inside / "notes.txt").write_text("b", encoding="utf-8")
     (inside / "__pycache__" / "norm.py").write_text("b", encoding="utf-8")
     assert kept.name_of(recipe(), {}, None) == names[0]
+    before = (inside / "norm.py").stat()
     (inside / "norm.py").write_text("a = 2\n", encoding="utf-8")
-    os.utime(inside / "norm.py", ns=(1, 1))
+    os.utime(inside / "norm.py", ns=(before.st_atime_ns, before.st_mtime_ns))
     names.append(kept.name_of(recipe(), {}, None))
-    (inside / "new.py").write_text("", encoding="utf-8")
-    names.append(kept.name_of(recipe(), {}, None))
-    assert len(set(names)) == 3
+    for new in ("new.py", "devices.toml", "preset.json"):
+        (inside / new).write_text("", encoding="utf-8")
+        names.append(kept.name_of(recipe(), {}, None))
+    (inside / ".#norm.py").symlink_to(tmp_path / "nowhere")  # an editor's lock
+    assert kept.name_of(recipe(), {}, None) is not None
+    assert len(set(names)) == 5
 
 
 def test_what_only_torch_or_a_file_knows_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
