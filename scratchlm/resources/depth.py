@@ -99,10 +99,7 @@ class Deepening:
             raise Irregular("other phases")
         self._stretches: list[_Stretch] = []
         for (phase, start, first), (_, start_two, second) in zip(*phases, strict=True):
-            # With place and shapes, so that a layer's end is not taken for what follows it.
-            named = [[f"{_name(op)} of {op.shapes}" for op in operations] for operations in (first, second)]
-            once = [] if phase == "optimizer" else _once(phase, start, named[0], start_two, named[1])
-            self._stretches += once or _in_runs(phase, start, first, start_two, second)
+            self._stretches += _phase(phase, start, first, start_two, second)
 
     def phases(self) -> list[str]:
         """Of every operation."""
@@ -160,6 +157,31 @@ class Deepening:
             number, longer = (at - middle, at - middle + s.added) if at >= s.cut else (at, at)
             return [(self.more, 1, s.two[longer]), (1 - self.more, 0, s.one[number])]
         raise IndexError(at)
+
+
+def _phase(phase: str, start: int, one: list[Operation], start_two: int, two: list[Operation]) -> list[_Stretch]:
+    """How the operations of a phase belong together: as a whole, or else the model's parts one by one, as a loss adds up what layers report."""
+    if phase == "optimizer":
+        return _in_runs(phase, start, one, start_two, two)
+    if found := _once(phase, start, _named(one), start_two, _named(two)):
+        return found
+    parts, longer_parts = ([list(part) for _, part in groupby(given, _part)] for given in (one, two))
+    if [_part(part[0]) for part in parts] != [_part(part[0]) for part in longer_parts]:
+        raise Irregular(f"other parts in the {phase} pass")
+    for part, longer in zip(parts, longer_parts, strict=True):
+        once = _once(phase, start, _named(part), start_two, _named(longer))
+        found += once or _in_runs(phase, start, part, start_two, longer)
+        start, start_two = start + len(part), start_two + len(longer)
+    return found
+
+
+def _part(operation: Operation) -> str:
+    return operation.module.partition(".")[0]
+
+
+def _named(operations: list[Operation]) -> list[str]:
+    """With place and shapes, so that a layer's end is not taken for what follows it."""
+    return [f"{_name(operation)} of {operation.shapes}" for operation in operations]
 
 
 def _once(phase: str, start: int, names: list[str], start_two: int, longer: list[str]) -> list[_Stretch]:
