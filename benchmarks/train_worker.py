@@ -322,8 +322,10 @@ def main() -> None:
     name, shape, threads = sys.argv[1], SHAPES[sys.argv[2]], int(sys.argv[3])
     if name.startswith("scratchlm"):
         from scratchlm.allocator import keep_freed_memory
+        from scratchlm.threads import wait_briefly
 
         keep_freed_memory()  # as every command of ours does before it imports torch
+        wait_briefly()
     import torch
 
     torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, write
 from scratchlm.resources.devices import Device, find, known
 from scratchlm.section import Section
+from scratchlm.threads import wait_briefly
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,6 +108,7 @@ def measure(arguments: list[str]) -> None:
     rest, given = _take(arguments, "--quick", "--json")
     options = parse(MeasureArguments, rest, prog="scratchlm resources measure [--quick] [--json]")
     keep_freed_memory()
+    wait_briefly()
     import torch
 
     from scratchlm.resources import measure as bench

@@ -16,6 +16,7 @@ from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import expanded
 from scratchlm.section import Section
+from scratchlm.threads import wait_briefly
 
 if TYPE_CHECKING:
     from scratchlm.experiments.comparison import Comparison
@@ -118,6 +119,7 @@ def learning_rate(arguments: list[str]) -> None:
     options = parse(LearningRateArguments, rest, prog=LR_USAGE, default=LearningRateArguments(**fields))
     recipe = Recipe(**{name: getattr(options, name) for name in fields})
     keep_freed_memory()
+    wait_briefly()
     from scratchlm.experiments.learning_rates import find_learning_rate, in_words, rising
 
     run = rising(recipe, options.low, options.high, options.rise_steps)

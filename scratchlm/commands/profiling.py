@@ -16,6 +16,7 @@ from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, take_preset, write
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
+from scratchlm.threads import wait_briefly
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +58,7 @@ def profile(arguments: list[str]) -> None:
     options = parse(ProfileArguments, rest, prog=USAGE, default=ProfileArguments(**fields))
     recipe = Recipe(**{name: getattr(options, name) for name in fields}, out=given.out)
     keep_freed_memory()
+    wait_briefly()
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # read when torch is imported: the profiler's greetings to itself

@@ -14,6 +14,7 @@ from scratchlm.commands.shared import say, take_preset
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import read_json
+from scratchlm.threads import wait_briefly
 
 if TYPE_CHECKING:
     from scratchlm.evaluate.metrics import Evaluation
@@ -43,6 +44,7 @@ def _pipeline(arguments: list[str], command: str) -> Pipeline:
         "--model.preset NAME: a known architecture in place of the recipe's [model] (see `scratchlm model list`).",
     )
     keep_freed_memory()
+    wait_briefly()
     from scratchlm.pipeline import Pipeline
     from scratchlm.run_folder import move_aside
 
