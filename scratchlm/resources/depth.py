@@ -80,6 +80,16 @@ class _Stretch:
     def added(self) -> int:
         return len(self.two) - len(self.one)
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The numbers of the operations that both have."""
+        return list(zip(self.one, (*self.two[: self.cut], *self.two[self.cut + self.added :]), strict=True))
+
+    @property
+    def middle(self) -> range:
+        """Those that `two` alone has."""
+        return self.two[self.cut : self.cut + self.added]
+
 
 class Deepening:
     """Which operations of two steps, and of one with `more` periods more than the first, are the same.
@@ -113,25 +123,23 @@ class Deepening:
         """
         found: list[int] = []
         for s in self._stretches:
-            before = [(one[i], two[j]) for i, j in zip(s.one[: s.cut], s.two[: s.cut], strict=True)]
-            after = [(one[i], two[j]) for i, j in zip(s.one[s.cut :], s.two[s.cut + s.added :], strict=True)]
-            middle = [two[j] for j in s.two[s.cut : s.cut + s.added]]
-            first = [b - a for a, b in before[s.cut - s.added :]]
-            last = [b - a for a, b in after[: s.added]]
-            found += [a + self.more * (b - a) for a, b in before]
+            growth = [two[j] - one[i] for i, j in s.pairs]
+            grown = [one[i] + self.more * by for i, by in zip(s.one, growth, strict=True)]
+            middle = [two[j] for j in s.middle]
+            first, last = growth[s.cut - s.added : s.cut], growth[s.cut : s.cut + s.added]
+            found += grown[: s.cut]
             for n in range(self.more):
                 rest = self.more - 1 - n
                 found += [m + n * a + rest * b for m, a, b in zip(middle, last, first, strict=True)]
-            found += [a + self.more * (b - a) for a, b in after]
+            found += grown[s.cut :]
         return found
 
     def optimizer(self, one: Sequence[Operation], two: Sequence[Operation]) -> list[Operation]:
         """The deep model's optimizer's: each with the bytes, FLOPs and sizes that it has then, as its time need not grow along a line."""
         found: list[Operation] = []
         for s in (s for s in self._stretches if s.phase == "optimizer"):
-            pairs = list(zip(s.one, (*s.two[: s.cut], *s.two[s.cut + s.added :]), strict=True))
-            grown = [_grown(one[i], two[j], self.more) for i, j in pairs]
-            middle = [two[j] for j in s.two[s.cut : s.cut + s.added]]
+            grown = [_grown(one[i], two[j], self.more) for i, j in s.pairs]
+            middle = [two[j] for j in s.middle]
             found += [*grown[: s.cut], *middle * self.more, *grown[s.cut :]]
         return found
 

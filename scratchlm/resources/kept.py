@@ -5,7 +5,7 @@ nothing changed of what it rests on: all of that is in the answer's name. So a w
 
     the recipe with all its fields ──┐
     device, dtype, memory, price …   │
-    every source file of the package ├──► sha256 ──► ~/.cache/scratchlm/answers/<sha256>.json.gz
+    every source file of the package ├──► hash ──► ~/.cache/scratchlm/answers/<hash>.json.gz
     torch, Python, processor, memory │
     the stored measurement ──────────┘
 
@@ -15,9 +15,7 @@ Nothing is kept with ``SCRATCHLM_KEEP_ANSWERS=0`` in the environment, and the fo
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -33,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 import scratchlm
 from scratchlm.config import Recipe
 from scratchlm.errors import UserError
-from scratchlm.files import write_bytes
+from scratchlm.files import file_hash, stable_hash, write_bytes
 from scratchlm.machine import find_compiler, main_memory, surely_no_accelerator
 from scratchlm.processes import cores
 from scratchlm.resources.answer import Estimate
@@ -83,7 +81,7 @@ def name_of(recipe: Recipe, options: Mapping[str, Any], here: str | None) -> str
         return None
     question = {"recipe": recipe.model_dump(mode="json"), "options": dict(options), "here": here}
     ground = {"format": FORMAT, "question": question, "surroundings": list(_surroundings())}
-    return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()
+    return stable_hash(ground, 32)
 
 
 def _surroundings() -> Iterator[Any]:
@@ -114,7 +112,7 @@ def _sources(root: Path) -> Iterator[Path]:
 def _content(path: Path) -> str:
     """A hash of it; empty for what cannot be read, such as an editor's lock."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_hash(path)
     except OSError:
         return ""
 

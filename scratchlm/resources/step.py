@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from scratchlm.train.loss import NextTokenLoss, loss_options
 from scratchlm.train.working_copy import Computing
 
 CPU = torch.device("cpu")
+P = ParamSpec("P")
 
 
 @dataclass
@@ -88,6 +90,22 @@ def as_run_on(device_type: str, config: ModelConfig, length: int, compiled: bool
     return as_on_a_gpu(config, length)
 
 
+def _undisturbed(trace: Callable[P, Step]) -> Callable[P, Step]:
+    """The same; but where a rule of torch imported a part of torch on the way, traced once more.
+
+    While a module is imported, torch notes its own frames, and through them those of all callers, here of the whole step, stay until Python collects
+    what goes in circles. Until then no tensor dies.
+    """
+
+    @functools.wraps(trace)
+    def twice_if_need_be(*args: P.args, **how: P.kwargs) -> Step:
+        before = fetched()
+        found = trace(*args, **how)
+        return found if fetched() == before else trace(*args, **how)
+
+    return twice_if_need_be
+
+
 class Traceable:
     """A model and its optimizers, made once, whose step can be traced for several micro-batches.
 
@@ -127,17 +145,8 @@ class Traceable:
     def _place(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.real else without_memory()
 
-    def step(self, **how: Any) -> Step:
-        """Trace a step; arguments as for :meth:`_traced`.
-
-        Where a rule of torch imported a part of torch on the way, it is traced once more: while a module is imported, torch notes its own frames, and
-        through them those of all callers, here of the whole step, stay until Python collects what goes in circles. Until then no tensor dies.
-        """
-        before = fetched()
-        found = self._traced(**how)
-        return found if fetched() == before else self._traced(**how)
-
-    def _traced(
+    @_undisturbed
+    def step(
         self,
         *,
         precision: str,
@@ -149,7 +158,7 @@ class Traceable:
         compiled: bool = False,
         checkpointing: str | None = None,
     ) -> Step:
-        """A step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
+        """Trace a step in its steady state: the optimizer's state is there, and between micro-batches the gradients are.
 
         Args:
             precision: ``bf16`` or ``fp32``.
