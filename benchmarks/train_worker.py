@@ -321,11 +321,9 @@ def litgpt(shape: Shape) -> None:
 def main() -> None:
     name, shape, threads = sys.argv[1], SHAPES[sys.argv[2]], int(sys.argv[3])
     if name.startswith("scratchlm"):
-        from scratchlm.allocator import keep_freed_memory
-        from scratchlm.threads import wait_briefly
+        from scratchlm.threads import before_torch
 
-        keep_freed_memory()  # as every command of ours does before it imports torch
-        wait_briefly()
+        before_torch()  # as every command of ours does before it imports torch
     import torch
 
     torch.set_num_threads(threads)

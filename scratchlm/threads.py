@@ -1,9 +1,10 @@
-"""How torch's threads on a CPU wait for each other."""
+"""How torch's threads on a CPU wait for each other, and all that is to be settled before torch is imported."""
 
 from __future__ import annotations
 
 import os
 
+from scratchlm.allocator import keep_freed_memory
 from scratchlm.processes import cores
 
 SPINS = 2000
@@ -26,3 +27,9 @@ def wait_briefly() -> bool:
         return False
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     return True
+
+
+def before_torch() -> None:
+    """What every command that trains or measures does before it imports torch: see :func:`scratchlm.allocator.keep_freed_memory` and :func:`wait_briefly`."""
+    keep_freed_memory()
+    wait_briefly()

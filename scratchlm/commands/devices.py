@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from pydantic import Field
 
-from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, write
 from scratchlm.resources.devices import Device, find, known
 from scratchlm.section import Section
-from scratchlm.threads import wait_briefly
+from scratchlm.threads import before_torch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,8 +106,7 @@ def measure(arguments: list[str]) -> None:
     """``scratchlm resources measure``"""
     rest, given = _take(arguments, "--quick", "--json")
     options = parse(MeasureArguments, rest, prog="scratchlm resources measure [--quick] [--json]")
-    keep_freed_memory()
-    wait_briefly()
+    before_torch()
     import torch
 
     from scratchlm.resources import measure as bench

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import tyro
 from pydantic import Field
 
-from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, take_preset
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import expanded
 from scratchlm.section import Section
-from scratchlm.threads import wait_briefly
+from scratchlm.threads import before_torch
 
 if TYPE_CHECKING:
     from scratchlm.experiments.comparison import Comparison
@@ -118,8 +117,7 @@ def learning_rate(arguments: list[str]) -> None:
     fields = {name: getattr(given, name) for name in Recipe.model_fields}
     options = parse(LearningRateArguments, rest, prog=LR_USAGE, default=LearningRateArguments(**fields))
     recipe = Recipe(**{name: getattr(options, name) for name in fields})
-    keep_freed_memory()
-    wait_briefly()
+    before_torch()
     from scratchlm.experiments.learning_rates import find_learning_rate, in_words, rising
 
     run = rising(recipe, options.low, options.high, options.rise_steps)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, take_preset, write
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
-from scratchlm.threads import wait_briefly
+from scratchlm.threads import before_torch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,8 +56,7 @@ def profile(arguments: list[str]) -> None:
     fields = {name: getattr(given, name) for name in Recipe.model_fields if name != "out"}
     options = parse(ProfileArguments, rest, prog=USAGE, default=ProfileArguments(**fields))
     recipe = Recipe(**{name: getattr(options, name) for name in fields}, out=given.out)
-    keep_freed_memory()
-    wait_briefly()
+    before_torch()
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # read when torch is imported: the profiler's greetings to itself

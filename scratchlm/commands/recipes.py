@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scratchlm.allocator import keep_freed_memory
 from scratchlm.arguments import parse
 from scratchlm.commands.shared import say, take_preset
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
 from scratchlm.files import read_json
-from scratchlm.threads import wait_briefly
+from scratchlm.threads import before_torch
 
 if TYPE_CHECKING:
     from scratchlm.evaluate.metrics import Evaluation
@@ -43,8 +42,7 @@ def _pipeline(arguments: list[str], command: str) -> Pipeline:
         description="A recipe's fields as options. --fresh: move the existing run's folder aside and start anew. "
         "--model.preset NAME: a known architecture in place of the recipe's [model] (see `scratchlm model list`).",
     )
-    keep_freed_memory()
-    wait_briefly()
+    before_torch()
     from scratchlm.pipeline import Pipeline
     from scratchlm.run_folder import move_aside
 

@@ -101,14 +101,12 @@ def _stop_when_alone() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The process: 0 when the result is written, 1 when the failure is, 128 + n after signal n."""
-    from scratchlm.allocator import keep_freed_memory
-    from scratchlm.threads import wait_briefly
+    from scratchlm.threads import before_torch
 
     _stop_when_alone()
     path, key = (sys.argv[1:] if arguments is None else arguments)[:2]
     recipe = load_recipe(path)
-    keep_freed_memory()
-    wait_briefly()
+    before_torch()
     (recipe.folder / FAILURE).unlink(missing_ok=True)
     try:
         run_trial(recipe, key)
