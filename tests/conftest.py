@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is imported
@@ -22,3 +24,30 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_corpus(tmp_path / "corpus.txt")
     write_recipe(tmp_path / "small.toml")
     return tmp_path
+
+
+@pytest.fixture
+def told() -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings of this test, as if nothing had been said before, and nobody had asked whether Triton runs."""
+    from scratchlm.kernels import triton_here
+
+    def forget() -> None:
+        triton_here.trouble.cache_clear()
+        triton_here.warn_once.cache_clear()
+
+    forget()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    forget()
+
+
+@pytest.fixture
+def interpreted(
+    told: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
+) -> list[warnings.WarningMessage]:
+    """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen."""
+    from scratchlm.kernels import triton_here
+
+    monkeypatch.setattr(triton_here, "INTERPRETED", True)
+    return told

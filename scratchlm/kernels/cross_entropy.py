@@ -8,7 +8,6 @@ and the backward pass has nothing left to do but scale. On a GPU a kernel of its
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels.functions import soft_cap
+from scratchlm.kernels.triton_here import runs_on
 
 IN_TORCH = "the loss and the logits' gradient are computed by torch's kernels"
 IGNORE_INDEX = -100
@@ -118,21 +118,12 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tup
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
-def _triton_runs(device: torch.device) -> bool:
-    """As ``runs_on``, whose module imports torch's compiler: asked only where a GPU, or a test that has imported it, may say yes."""
-    if device.type != "cuda" and "scratchlm.kernels.flash_attention_op" not in sys.modules:
-        return False
-    from scratchlm.kernels.flash_attention_op import runs_on
-
-    return runs_on(device, IN_TORCH)
-
-
 def _kernel_for(
     device: torch.device, dtype: torch.dtype, compiled: bool, wants_gradient: bool
 ) -> Callable[[Tensor, Tensor, HeadOptions], tuple[Tensor, Tensor, Tensor]]:
     """What computes a block's loss and gradient: Triton where it runs, whether or not the rest is compiled."""
     known = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if known and _triton_runs(device):
+    if known and runs_on(device, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
 
         return functools.partial(loss_and_gradient, wants_gradient=wants_gradient)
@@ -249,7 +240,7 @@ def chunked_linear_cross_entropy(
     """
     if rows is None:
         # Large blocks where the kernel works in place; torch's own would hold each several times, in fp32.
-        whose = "cuda" if x.device.type == "cuda" and _triton_runs(x.device) else "cpu"
+        whose = "cuda" if x.device.type == "cuda" and runs_on(x.device, IN_TORCH) else "cpu"
         rows = rows_for(weight.shape[0], compiled=compiled, device_type=whose)
     flat = x.reshape(-1, x.shape[-1])
     # Asked here: inside the function gradients are always off, and `needs_input_grad` does not look at no_grad.

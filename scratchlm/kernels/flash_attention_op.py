@@ -7,10 +7,7 @@ compiler for its launcher, an old GPU) the operations do the same tile by tile i
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,13 +18,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values
+from scratchlm.kernels.triton_here import runs_on, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
 if TYPE_CHECKING:
     from scratchlm.kernels.flash_attention import Sheet
 
-INTERPRETED = False
-"""Whether Triton's kernels take tensors on the CPU, which its interpreter can (TRITON_INTERPRET=1), slowly: for tests."""
 WIDEST = 256
 """Widest head that a kernel holds in registers."""
 
@@ -35,42 +31,10 @@ WIDEST = 256
 @torch.compiler.assume_constant_result
 def say_once(what: str) -> None:
     """A warning, the first time in a process; also while a graph is being traced."""
-    _warn(what)
-
-
-@functools.cache
-def _warn(what: str) -> None:
-    warnings.warn(what, stacklevel=4)
+    warn_once(what)
 
 
 TILED = "attention_kernel = flash is computed tile by tile in torch"
-
-
-def runs_on(device: torch.device, otherwise: str = TILED) -> bool:
-    """Whether Triton's kernels run there; if they should and do not, a warning says what happens otherwise and why, once."""
-    if device.type != "cuda" and not INTERPRETED:
-        return False
-    reason = _trouble(device)
-    if reason is not None:
-        say_once(f"{otherwise}, which is slower: {reason}")
-    return reason is None
-
-
-@functools.cache
-def _trouble(device: torch.device) -> str | None:
-    """What keeps Triton from running on the device, found by running a kernel of one line."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    try:
-        from scratchlm.kernels.flash_attention_triton import probe
-
-        probe(device)
-    except Exception as error:  # Triton fails in many ways: no C compiler, no driver, no headers, a wrong version
-        said = str(error).strip().splitlines()
-        return f"triton does not run here ({type(error).__name__}{': ' + said[0] if said else ''})"
-    return None
 
 
 def supports(visible: Visibility | None, scores: Scores, q: Queries, k: Keys, v: Values) -> str | None:
@@ -159,7 +123,7 @@ def _attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and, per query, L in units of log 2, fp32, (batch, heads, queries); +inf where nothing is read."""
-    if not runs_on(q.device):
+    if not runs_on(q.device, TILED):
         return _tiled_forward(q, k, v, slopes, sinks, documents, key_mask, scale, soft_cap, window)
     from scratchlm.kernels.flash_attention_triton import forward
 
@@ -190,7 +154,7 @@ def _backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, and D = rowsum(dO ∘ O), fp32, (batch, heads, queries)."""
-    if not runs_on(q.device):
+    if not runs_on(q.device, TILED):
         return _tiled_backward(d_out, q, k, v, out, log_sums, slopes, documents, key_mask, scale, soft_cap, window)
     from scratchlm.kernels.flash_attention_triton_backward import backward
 

@@ -348,20 +348,6 @@ def bytes_of(key_mask: Tensor | None) -> Tensor | None:
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
-@triton.jit
-def _one(at):
-    tl.store(at, 1)
-
-
-def probe(device: torch.device) -> None:
-    """Compile and run a kernel of one line there: raises whatever keeps Triton from it."""
-    found = torch.zeros(1, dtype=torch.int32, device=device)
-    with torch.cuda.device_of(found):
-        _one[(1,)](found)
-    if found.item() != 1:
-        raise RuntimeError("a kernel that stores a one did not")
-
-
 _kernel = tuned(_forward, HALF, FP32)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -19,8 +18,7 @@ from test_flash_attention_triton import ahead, compiles
 
 from scratchlm.kernels import cross_entropy as loss
 from scratchlm.kernels import cross_entropy_triton as kernels
-from scratchlm.kernels import flash_attention_op as op
-from scratchlm.kernels import flash_attention_triton
+from scratchlm.kernels import triton_probe
 from scratchlm.kernels.cross_entropy import IGNORE_INDEX, HeadOptions, chunked_linear_cross_entropy
 from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
 
@@ -43,18 +41,9 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
-    """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen."""
-    monkeypatch.setattr(op, "INTERPRETED", True)
+def small_blocks(interpreted: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", BLOCK)
     monkeypatch.setattr(kernels, "WARPS", 4)
-    op._trouble.cache_clear()
-    op._warn.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
-    op._trouble.cache_clear()
-    op._warn.cache_clear()
 
 
 def silent(told: list[warnings.WarningMessage]) -> bool:
@@ -291,7 +280,7 @@ def test_a_machine_without_a_compiler_gets_torchs_kernels_and_is_told_once(
     def fails(device: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.\nmore")
 
-    monkeypatch.setattr(flash_attention_triton, "probe", fails)
+    monkeypatch.setattr(triton_probe, "probe", fails)
     counted = Counted(monkeypatch)
     x, weight, _, targets = problem(5, 9, torch.float32)
     for _ in range(2):

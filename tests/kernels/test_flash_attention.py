@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.kernels import flash_attention as flash
 from scratchlm.kernels import flash_attention_op as op
+from scratchlm.kernels import triton_here
 from scratchlm.kernels.attention import PLAIN, Scores, reference_attention
 from scratchlm.kernels.flash_attention import flash_attention, tiled_attention
 from scratchlm.kernels.flash_attention_op import fused_attention, supports
@@ -358,18 +358,6 @@ def test_where_documents_begin_and_end(shape: tuple[int, ...]) -> None:
 # --- ways out -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def told() -> Iterator[list[warnings.WarningMessage]]:
-    """The warnings of this test, as if nothing had been said before."""
-    op._warn.cache_clear()
-    op._trouble.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
-    op._warn.cache_clear()
-    op._trouble.cache_clear()
-
-
 def words(told: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in told]
 
@@ -438,8 +426,8 @@ def test_without_triton_the_operation_runs_and_says_so_once(
     told: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU without Triton: the device is taken for one on which the kernels should run."""
-    monkeypatch.setattr(op, "INTERPRETED", True)
-    monkeypatch.setattr(op.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_here, "INTERPRETED", True)
+    monkeypatch.setattr(triton_here.importlib.util, "find_spec", lambda name: None)
     case = Case(sinks=True, window=9)
     for _ in range(2):
         assert largest_error(answer(fused_attention, case, torch.float32), exact(case, torch.float32)) < 1e-5

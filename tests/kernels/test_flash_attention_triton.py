@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import triton.language as tl
 
 from scratchlm.kernels import flash_attention_op as op
 from scratchlm.kernels import flash_attention_triton as kernels
+from scratchlm.kernels import triton_probe
 from scratchlm.kernels.flash_attention_op import fused_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,17 +58,8 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
-    """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen."""
-    monkeypatch.setattr(op, "INTERPRETED", True)
+def small_tiles(interpreted: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FIXED", {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1})
-    op._trouble.cache_clear()
-    op._warn.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
-    op._trouble.cache_clear()
-    op._warn.cache_clear()
 
 
 def held(case: Case, dtype: torch.dtype, told: list[warnings.WarningMessage]) -> None:
@@ -145,7 +136,7 @@ def test_a_machine_without_a_compiler_gets_the_tiles_and_is_told_once(
     def fails(device: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
 
-    monkeypatch.setattr(kernels, "probe", fails)
+    monkeypatch.setattr(triton_probe, "probe", fails)
     monkeypatch.setattr(kernels, "forward", None)
     case = Case(sinks=True)
     for _ in range(2):

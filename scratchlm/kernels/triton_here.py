@@ -1,0 +1,50 @@
+"""Whether Triton's kernels run where a tensor is: asked by everything that has one, answered once per process and device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+
+INTERPRETED = False
+"""Whether Triton's kernels take tensors on the CPU, which its interpreter can (TRITON_INTERPRET=1), slowly: for tests."""
+
+
+def takes(device: torch.device) -> bool:
+    """Whether tensors there go to Triton's kernels if these run at all: without finding out whether they do."""
+    return device.type == "cuda" or INTERPRETED
+
+
+def runs_on(device: torch.device, otherwise: str) -> bool:
+    """Whether Triton's kernels run there; if they should and do not, a warning says what happens otherwise and why, once."""
+    if not takes(device):
+        return False
+    reason = trouble(device)
+    if reason is not None:
+        warn_once(f"{otherwise}, which is slower: {reason}")
+    return reason is None
+
+
+@functools.cache
+def trouble(device: torch.device) -> str | None:
+    """What keeps Triton from running on the device, found by running a kernel of one line."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    try:
+        from scratchlm.kernels.triton_probe import probe
+
+        probe(device)
+    except Exception as error:  # Triton fails in many ways: no C compiler, no driver, no headers, a wrong version
+        said = str(error).strip().splitlines()
+        return f"triton does not run here ({type(error).__name__}{': ' + said[0] if said else ''})"
+    return None
+
+
+@functools.cache
+def warn_once(what: str) -> None:
+    """A warning, the first time in a process."""
+    warnings.warn(what, stacklevel=4)
