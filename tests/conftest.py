@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is imported
 if "TRITON_INTERPRET" not in os.environ and not Path("/dev/nvidiactl").exists():
@@ -46,8 +47,26 @@ def told() -> Iterator[list[warnings.WarningMessage]]:
 def interpreted(
     told: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
 ) -> list[warnings.WarningMessage]:
-    """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen."""
+    """Triton's kernels take the CPU's tensors here, and what is said is caught: nothing may fall back unseen.
+
+    The interpreter cuts fp32 down to bf16; here it rounds, as a GPU does.
+    """
     from scratchlm.kernels import triton_here
 
     monkeypatch.setattr(triton_here, "INTERPRETED", True)
+    try:
+        import numpy
+        import torch
+        from triton.runtime import interpreter
+    except ImportError:
+        return told
+    cut = interpreter._convert_float
+
+    def rounded(numbers: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return cut(numbers, source, target, mode)
+        narrow = torch.from_numpy(numpy.ascontiguousarray(numbers, dtype=numpy.float32)).bfloat16()
+        return narrow.view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
     return told

@@ -151,6 +151,31 @@ def blocks_of(tokens: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
+def adds_products(device: torch.device) -> bool:
+    """Whether products of bf16 are added up in fp32 within their kernels."""
+    return device.type == "cuda"
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b."""
+    if total.dtype != a.dtype and adds_products(total.device):
+        from scratchlm.kernels.add_product import add_product_
+
+        add_product_(total, a, b)
+    else:
+        total += a @ b
+
+
+def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a scalar, in `dtype`."""
+    known = {x.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}
+    if known and x.is_contiguous() and runs_on(x.device, IN_TORCH):
+        from scratchlm.kernels.cross_entropy_triton import scaled
+
+        return scaled(x, by, dtype)
+    return (x * by).to(dtype)
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,7 +212,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if d_weight is None:  # the first block; a GPU often has no other
                     d_weight = (gradient.T @ x[block]).to(wide)
                 else:
-                    d_weight += gradient.T @ x[block]
+                    _add_product(d_weight, gradient.T, x[block])
             if d_bias is not None:
                 d_bias += gradient.sum(dim=0, dtype=wide)
             del products, gradient  # else they were still there while the next block's come to be
@@ -203,7 +228,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grad_outputs[0]
         given = (
-            None if found is None else (found * upstream).to(dtype)
+            None if found is None else _scaled(found, upstream, dtype)
             for found, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*given, None, None, None, None, None)

@@ -8,7 +8,8 @@ One program per row. It reads the row twice and writes it once, and there is no 
     row 0        ├─────────────┼─────────────┼─────────┤       1st reading   m, the largest logit so far, and Σ exp(logit − m),
     row 1        ├─────────────┼─────────────┼─────────┤                     which shrinks by exp(m − m') when m grows to m'
     …               program i: row i, from left to right       then          the row's loss
-                                                               2nd reading   ((1 + 2 z Z) p − onehot) · scale, written in place
+                    and back again: what was read last             2nd reading   ((1 + 2 z Z) p − onehot) · scale, written in place
+                    is the likeliest to be in the cache still
 
 Arithmetic is in fp32 whatever the logits' dtype, with exp(logit − m) as the formula has it: a product with log₂ e before the
 difference would cost large logits their digits. Nothing is tuned by
@@ -82,7 +83,9 @@ def _loss_and_gradient(
     if WRITES:
         tl.debug_barrier()  # all threads have read `chosen`
         share = (1.0 + 2.0 * z_loss * normaliser) * scale / total
-        for start in range(0, vocab, BLOCK):
+        blocks = tl.cdiv(vocab, BLOCK)
+        for block in range(blocks):
+            start = (blocks - 1 - block) * BLOCK
             inside = start + column < vocab
             products = tl.load(products_at + start + column, mask=inside, other=0.0, eviction_policy="evict_first")
             logits, bent = logits_of(products, scale, cap, CAPPED)
@@ -132,3 +135,26 @@ def loss_and_gradient(
             )
     objective, nats = sums.sum(dim=1)
     return objective, nats, products
+
+
+@triton.jit
+def _scaled(from_at, by_at, to_at, numbers, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < numbers
+    product = tl.load(from_at + place, mask=inside).to(tl.float32) * tl.load(by_at).to(tl.float32)
+    tl.store(to_at + place, product.to(to_at.dtype.element_ty), mask=inside)
+
+
+def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x * by).to(dtype)`` in one pass; torch multiplies by a number of another dtype one entry at a time, and then casts.
+
+    Args:
+        x: fp32, bf16 or fp16, in one piece.
+        by: a scalar on x's device.
+        dtype: of the result.
+    """
+    found = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _scaled[(triton.cdiv(x.numel(), BLOCK),)](x, by, found, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return found

@@ -4,7 +4,7 @@ from scratchlm.optim.adafactor import Adafactor
 from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
 from scratchlm.optim.build import Optimizers, build_optimizers, parameter_roles
-from scratchlm.optim.clipping import clip_grad_norm
+from scratchlm.optim.clipping import clip_factor, clip_grad_norm, gradient_norm
 from scratchlm.optim.ema import WeightAverage
 from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
@@ -22,7 +22,9 @@ __all__ = [
     "Optimizers",
     "WeightAverage",
     "build_optimizers",
+    "clip_factor",
     "clip_grad_norm",
+    "gradient_norm",
     "lr_multiplier",
     "newton_schulz_reference",
     "orthogonalise",

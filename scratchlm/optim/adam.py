@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scratchlm.errors import UserError
+from scratchlm.kernels import adam
 from scratchlm.optim.implementation import (
     SCALAR,
     GroupedOptimizer,
@@ -82,6 +83,11 @@ class Adam(GroupedOptimizer):
             for p in parameters
         )
 
+    def takes_one_pass(self) -> bool:
+        """True with the fused kernel, where Triton runs (:mod:`scratchlm.kernels.adam`)."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return resolve(self.implementation, parameters[0].device) == "fused" and adam.fits(parameters)
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         implementation = resolve(self.implementation, parameters[0].device)
         for parameter in parameters:
@@ -95,6 +101,10 @@ class Adam(GroupedOptimizer):
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             else:
                 state["step"] = int(state["step"])
+        moments = [self.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
+        if implementation == "fused" and adam.fits([*parameters, *moments]):
+            self._one_pass(parameters, group)
+            return
         if implementation == "fused":
             flat = [p for p in parameters if is_flat(p, *(self.state[p][key] for key in ("exp_avg", "exp_avg_sq")))]
             if flat:
@@ -146,6 +156,33 @@ class Adam(GroupedOptimizer):
         torch._foreach_div_(root, [math.sqrt(1 - beta2**t) for t in steps])
         torch._foreach_add_(root, group["eps"])
         torch._foreach_addcdiv_(parameters, m, root, [-lr / (1 - beta1**t) for t in steps])
+
+    def _one_pass(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """As :meth:`_fused`; gradients may be another dtype's."""
+        with_gradients: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
+        for parameter in parameters:
+            gradient = self.one_pass.gradient(parameter)
+            assert gradient is not None
+            kind = gradient.dtype, parameter in self.one_pass.copies
+            with_gradients.setdefault(kind, []).append((parameter, gradient))
+        for (_, copied), pairs in with_gradients.items():
+            alike = [parameter for parameter, _ in pairs]
+            states = [self.state[parameter] for parameter in alike]
+            adam.step_(
+                alike,
+                [gradient for _, gradient in pairs],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                [self.one_pass.copies[parameter] for parameter in alike] if copied else [],
+                self.one_pass.factor,
+                self.skip,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                decay=group["weight_decay"],
+                decoupled=self.decoupled,
+            )
 
     def _fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]

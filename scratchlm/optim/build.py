@@ -14,7 +14,7 @@ from scratchlm.optim.adafactor import Adafactor
 from scratchlm.optim.adam import Adam
 from scratchlm.optim.adamw import AdamW
 from scratchlm.optim.ema import WeightAverage
-from scratchlm.optim.implementation import GroupedOptimizer
+from scratchlm.optim.implementation import GroupedOptimizer, OnePass
 from scratchlm.optim.lion import Lion
 from scratchlm.optim.muon import Muon
 from scratchlm.optim.sgd import SGD
@@ -85,14 +85,19 @@ class Optimizers:
         """Whether a step can be left out by a number on the device, which nobody has waited for."""
         return self.average is None and all(o.skips_on_device() for o in self.optimizers.values())
 
-    def step(self, skip: Tensor | None = None) -> None:
+    def takes_one_pass(self) -> bool:
+        """Whether :meth:`step` can read other gradients, scale them and round into copies, all in one pass over memory."""
+        return all(o.takes_one_pass() for o in self.optimizers.values())
+
+    def step(self, skip: Tensor | None = None, one_pass: OnePass | None = None) -> None:
         """One update by every optimizer, and of the average.
 
         Args:
             skip: 1 to leave everything as it is (a scalar in fp32 on the device); only where :meth:`skips_on_device`.
+            one_pass: what is done on the way; only where :meth:`takes_one_pass`.
         """
         for optimizer in self.optimizers.values():
-            optimizer.skip = skip
+            optimizer.skip, optimizer.one_pass = skip, one_pass or OnePass()
             optimizer.step()
         if self.average is not None:
             self.average.update()

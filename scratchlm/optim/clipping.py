@@ -25,22 +25,38 @@ def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Te
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), dtype=torch.float32)
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        by_device.setdefault(gradient.device, []).append(gradient)
-    device = gradients[0].device
-    norms = [
-        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2, dtype=torch.float32))).to(device)
-        for group in by_device.values()
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm > 0:
-        # 1e-6 as in torch: the clipped norm stays a hair below the bound.
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        scale = torch.where(norm.isfinite(), scale, torch.ones_like(scale))
-        for place, group in by_device.items():
+    norm = gradient_norm(gradients)
+    if gradients and max_norm > 0:
+        scale = clip_factor(norm, max_norm)
+        for place, group in _by_device(gradients).items():
             if place.type != "cpu" or scale.device.type != "cpu" or scale < 1:  # on the host, looking is free
                 torch._foreach_mul_(group, scale.to(place))
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of joint norm `norm` are multiplied by so that it is at most `max_norm`; 1 where it is not finite."""
+    # 1e-6 as in torch: the clipped norm stays a hair below the bound.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return torch.where(norm.isfinite(), scale, torch.ones_like(scale))
+
+
+@torch.no_grad()
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The joint L2 norm, a 0-dim float32 on the (first) device, summed in float32; 0 of nothing. Nothing waits for the device."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float32)
+    norms = [
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2, dtype=torch.float32))).to(
+            gradients[0].device
+        )
+        for group in _by_device(gradients).values()
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found

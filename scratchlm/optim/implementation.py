@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from scratchlm.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "reference", "foreach", "fused")
 SCALAR = torch.Size()
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """What a step does on its way through the parameters, where :meth:`GroupedOptimizer.takes_one_pass`.
+
+    Attributes:
+        copies: parameter → its copy in another dtype, which the new parameter is rounded into, and whose gradient, if it has one, is the
+            parameter's.
+        factor: of all gradients, which stay as they are (clipping): a scalar in fp32 on the device; None: 1.
+    """
+
+    copies: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    factor: Tensor | None = None
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of `parameter`: that of its copy or its own."""
+        copy = self.copies.get(parameter)
+        return parameter.grad if copy is None or copy.grad is None else copy.grad
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
@@ -25,8 +45,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
     skip: Tensor | None = None
     """While this is 1 (a scalar in fp32 on the parameters' device), a step leaves everything as it is; only where :meth:`skips_on_device`."""
 
+    one_pass: OnePass = OnePass()
+    """What the next steps do beside; anything but nothing only where :meth:`takes_one_pass`."""
+
     def skips_on_device(self) -> bool:
         """Whether :attr:`skip` is looked at, so that nobody has to wait for it before the step."""
+        return False
+
+    def takes_one_pass(self) -> bool:
+        """Whether a step reads and writes everything once, and can take :attr:`one_pass`."""
         return False
 
     @torch.no_grad()
@@ -37,7 +64,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in by_device_and_dtype(p for p in group["params"] if p.grad is not None):
+            for parameters in by_device_and_dtype(
+                p for p in group["params"] if self.one_pass.gradient(p) is not None
+            ):
                 self._update(parameters, group)
         return loss
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scratchlm.errors import UserError
+from scratchlm.optim import newton_schulz
 from scratchlm.optim.implementation import GroupedOptimizer, check_implementation, check_ranges
 from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
 
@@ -135,6 +136,13 @@ class Muon(GroupedOptimizer):
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         parts = [m for p in parameters for m in matrices_of(p, p)]
         changes = [m for p, update in zip(parameters, updates, strict=True) for m in matrices_of(p, update)]
-        for part, change in zip(parts, orthogonalise(changes, self.dtype), strict=True):
+        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        # On a GPU all of one factor in one launch, which takes one dtype.
+        wanted = parts[0].dtype if parts and newton_schulz.in_batches(parts[0].device) else None
+        for part, change in zip(parts, orthogonalise(changes, self.dtype, result_dtype=wanted), strict=True):
             rows, columns = part.shape
-            part.add_(change, alpha=-lr * max(1, rows / columns) ** 0.5)
+            alike = by_factor.setdefault(max(1, rows / max(1, columns)) ** 0.5, ([], []))
+            alike[0].append(part)
+            alike[1].append(change)
+        for factor, (some, turned) in by_factor.items():
+            torch._foreach_add_(some, turned, alpha=-lr * factor)

@@ -105,35 +105,72 @@ def fast_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if has_native_bf16(device_type) else torch.float32
 
 
+def in_batches(device: torch.device) -> bool:
+    """Whether a launch costs enough for matrices to be gathered in copies first."""
+    return device.type != "cpu"
+
+
+def _normalise(matrices: list[Tensor], scales: Tensor, batch: Tensor, stacked: int) -> None:
+    """Each matrix times its scale, into its slot of `batch`. Of the first `stacked` memory has the batch's order, of the others it is turned.
+
+    On a GPU two launches, through a copy; on a CPU, where a launch costs nothing, one after the other.
+    """
+    if not in_batches(batch.device):
+        for slot, scale, matrix in zip(batch.unbind(), scales.unbind(), matrices, strict=True):
+            torch.mul(matrix, scale, out=slot)
+        return
+    scales = scales.view(-1, 1, 1)
+    if stacked:
+        torch.mul(torch.stack(matrices[:stacked]), scales[:stacked], out=batch[:stacked])
+    if stacked < len(matrices):
+        turned = torch.stack([matrix.mT for matrix in matrices[stacked:]]).mT
+        torch.mul(turned, scales[stacked:], out=batch[stacked:])
+
+
 @torch.no_grad()
-def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS) -> list[Tensor]:
+def orthogonalise(
+    matrices: list[Tensor],
+    dtype: torch.dtype | None = None,
+    steps: int = STEPS,
+    *,
+    result_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     """Orthogonalise many matrices at once: those of equal shape (up to transposition) share one batched iteration.
+
+    All is done for a batch at a time, since on a GPU a small model's matrices take less time than launching something for each.
 
     Args:
         matrices: each (rows, columns), floating, all on one device.
         dtype: dtype of the iteration; None: :func:`fast_dtype`.
         steps: how often the quintic is applied.
+        result_dtype: of the results, then each in one piece; None: that of the iteration.
 
     Returns:
-        One tensor for each, in its shape and order and in the dtype of the iteration (views of the batches).
+        One tensor for each, in its shape and order (views of the batches).
     """
-    by_shape: dict[tuple[int, int], list[int]] = {}
+    by_shape: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     for index, matrix in enumerate(matrices):
         rows, columns = sorted(matrix.shape)
-        by_shape.setdefault((rows, columns), []).append(index)
+        by_shape.setdefault((rows, columns), ([], []))[matrix.shape[0] != rows].append(index)
     results: list[Tensor] = list(matrices)
-    for (rows, columns), indices in by_shape.items():
+    for (rows, columns), (wide, tall) in by_shape.items():
         if rows == 0:
             continue
-        first = matrices[indices[0]]
+        order = [*wide, *tall]
+        first = matrices[order[0]]
         chosen = dtype if dtype is not None else fast_dtype(first.device.type)
         chosen_norm = torch.float64 if chosen == torch.float64 else torch.float32
-        norms = torch.stack([torch.linalg.vector_norm(matrices[i], dtype=chosen_norm) for i in indices])
-        inverse = (1 / (norms + EPS)).unbind()
-        batch = torch.empty(len(indices), rows, columns, dtype=chosen, device=first.device)
-        for slot, scale, index in zip(batch.unbind(), inverse, indices, strict=True):
-            matrix = matrices[index]
-            torch.mul(matrix if matrix.shape[0] == rows else matrix.mT, scale, out=slot)
-        for index, result in zip(indices, newton_schulz_fast(batch, steps).unbind(), strict=True):
-            results[index] = result if matrices[index].shape[0] == rows else result.mT
+        norms = torch.stack(torch._foreach_norm([matrices[i] for i in order], 2, dtype=chosen_norm))
+        batch = torch.empty(len(order), rows, columns, dtype=chosen, device=first.device)
+        _normalise(
+            [matrices[i] for i in wide] + [matrices[i].mT for i in tall], 1 / (norms + EPS), batch, len(wide)
+        )
+        found = newton_schulz_fast(batch, steps)
+        if result_dtype is None:
+            upright = found[: len(wide)].unbind(), found[len(wide) :].mT.unbind()
+        else:
+            found = found.to(result_dtype)
+            upright = found[: len(wide)].unbind(), found[len(wide) :].mT.contiguous().unbind()
+        for index, result in zip(order, (*upright[0], *upright[1]), strict=True):
+            results[index] = result
     return results

@@ -16,7 +16,7 @@ from torch import Tensor
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.errors import UserError, first_line
 from scratchlm.model.transformer import Transformer
-from scratchlm.optim import build_optimizers, clip_grad_norm, lr_multiplier
+from scratchlm.optim import build_optimizers, lr_multiplier
 from scratchlm.progress import progress
 from scratchlm.tokenizer import Tokenizer
 from scratchlm.train import fitting
@@ -45,6 +45,7 @@ from scratchlm.train.precision import (
 from scratchlm.train.signals import Interrupted, Signals
 from scratchlm.train.step_graph import NotRecorded, StepGraph
 from scratchlm.train.task import Loader, Loss
+from scratchlm.train.update import Update
 from scratchlm.train.working_copy import Computing
 
 
@@ -91,6 +92,7 @@ class Trainer:
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
     _computing: Computing = field(init=False)
+    _update: Update = field(init=False)
     _graph: StepGraph | None = None
     _told_of_parts: bool = False
     _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
@@ -169,6 +171,7 @@ class Trainer:
         """
         self.state.precision, self.state.compile = precision, compile
         self._computing = Computing(self.model, precision, self.config.weights, self.device)
+        self._update = Update(self.optimizers, self._computing, self.optim.grad_clip)
         if self._computing.copy is not None:
             self.loss.use(self._computing.model)
         if self.config.fp8:
@@ -222,8 +225,7 @@ class Trainer:
 
     def _forget_step(self) -> None:
         """Gradients and sums of a step that does not count."""
-        self.optimizers.zero_grad()
-        self._computing.forget()
+        self._update.zero_grad()
         if self._graph is not None:
             self._graph.forget()
         self.loss.after_step(updated=False)
@@ -299,7 +301,7 @@ class Trainer:
         batch = self.loader.next_batch()
         self.optimizers.set_lr(lr_multiplier(self.state.step, self.config.steps, self.optim))
         total, tokens = self._backward(batch)
-        norm = clip_grad_norm(self.parameters, self.optim.grad_clip or math.inf)
+        norm = self._update.clip()
         if (extra := self.loss.extra()) is not None:
             total = total - extra
         outcome = Outcome(self.state.step + 1, total, norm, tokens)
@@ -309,8 +311,7 @@ class Trainer:
         updates = self._ahead or outcome.is_finite()
         self.loss.after_step(updates)
         if updates:
-            self.optimizers.step(skip=outcome.failed() if self._ahead else None)  # 6
-            self._computing.refresh()
+            self._update.apply(skip=outcome.failed() if self._ahead else None)  # 6
         return outcome
 
     def _note(self, outcome: Outcome, bar: Any) -> float:
@@ -398,7 +399,7 @@ class Trainer:
 
         Each part is divided by all of the step's tokens, so that accumulation equals the big batch exactly.
         """
-        self.optimizers.zero_grad()  # 2
+        self._update.zero_grad()  # 2
         if self._graph is not None and len(micro_batches) == 1:
             return self._graph(micro_batches[0].to(self.device), tokens)
         if self._graph is not None and not self._told_of_parts:
@@ -412,18 +413,18 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            total += self._one(batch, max(tokens, 1))
+            total += self._one(batch, max(tokens, 1), alone=len(micro_batches) == 1)
         self._begins("optimizer")
         return total
 
-    def _one(self, batch: Any, tokens: int | Tensor) -> Tensor:
-        """Forward and backward of one micro-batch; returns its summed loss."""
+    def _one(self, batch: Any, tokens: int | Tensor, *, alone: bool = False) -> Tensor:
+        """Forward and backward of one micro-batch, the step's only one if `alone`; returns its summed loss."""
         self._begins("forward")
         with self._computing.context():
             loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
         self._begins("backward")
         (loss / tokens).backward()  # 5
-        self._computing.collect()
+        self._update.collect(alone=alone)
         return loss.detach()
 
     def _begins(self, phase: str) -> None:

@@ -8,7 +8,8 @@ arXiv 1710.03740, section 3.1).
        └── optimizer ◄── gradients fp32, summed over micro-batches ◄────── widened ────────────┘
 
 Beside autocast, which rounds each weight anew wherever it is used and keeps the residual stream in fp32, everything between two steps is bf16: half the
-bytes for each pass over activations. A step that is too small for bf16 is not lost, since the masters keep it.
+bytes for each pass over activations. A step that is too small for bf16 is not lost, since the masters keep it. On a GPU a step of one micro-batch widens no gradient
+and rounds within the optimizer's own pass (:mod:`scratchlm.train.update`).
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class WorkingCopy:
         for parameter in self._copies:
             parameter.grad = None
 
+    def pairs(self) -> dict[Tensor, Tensor]:
+        """Each parameter that is trained → its copy."""
+        return dict(zip(self._masters, self._copies, strict=True))
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters, which have been updated, into the copy."""
@@ -119,3 +124,7 @@ class Computing:
     def copied(self) -> list[Tensor]:
         """Parameters that there are beside the model's."""
         return [] if self.copy is None else list(self.copy.model.parameters())
+
+    def pairs(self) -> dict[Tensor, Tensor]:
+        """Each parameter that is trained → its copy, where there is one."""
+        return {} if self.copy is None else self.copy.pairs()

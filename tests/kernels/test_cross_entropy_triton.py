@@ -256,6 +256,43 @@ def test_in_bfloat16_under_autocast(
         assert (gradient - right).norm() < 0.02 * right.norm()
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.sampled_from([(0,), (1,), (BLOCK,), (7, 300), (3, BLOCK)]),
+    dtype=st.sampled_from(DTYPES),
+    wanted=st.sampled_from(DTYPES),
+    by=st.sampled_from([0.0, 1.0, -1.7, 1 / 4097]),
+)
+def test_scaling_is_one_rounding(
+    shape: tuple[int, ...], dtype: torch.dtype, wanted: torch.dtype, by: float
+) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    factor = torch.tensor(by, device=DEVICE)
+    found = kernels.scaled(x, factor, wanted)
+    assert found.shape == x.shape and torch.equal(found, (x.float() * factor).to(wanted))
+
+
+def test_gradients_are_scaled_by_it_and_products_added_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of one row each, whose products of 1 and 1/512 a sum in bf16 would lose."""
+    scaled: list[torch.dtype] = []
+    scale = kernels.scaled
+    monkeypatch.setattr(kernels, "scaled", lambda x, by, dtype: (scaled.append(dtype), scale(x, by, dtype))[1])
+    monkeypatch.setattr(loss, "adds_products", lambda device: True)
+    total = torch.ones(2, 3, device=DEVICE)
+    a, b = torch.full((2, 1), 2**-9, device=DEVICE), torch.ones(1, 3, device=DEVICE)
+    for _ in range(4):
+        loss._add_product(total, a.bfloat16(), b.bfloat16())
+    assert torch.equal(total, torch.full_like(total, 1 + 2**-7))
+    x, weight, _, targets = problem(32, 300, torch.bfloat16)
+    given = (x.double(), weight.double())
+    found = chunked_linear_cross_entropy(x, weight, targets, rows=5)[0]
+    exact = loss.reference_linear_cross_entropy(*given, targets)[0]
+    ours = torch.autograd.grad(found / 3, (x, weight))
+    assert scaled == [torch.bfloat16, torch.bfloat16]
+    for gradient, right in zip(ours, torch.autograd.grad(exact / 3, given), strict=True):
+        assert gradient.dtype == torch.bfloat16 and (gradient - right).norm() < 0.01 * right.norm()
+
+
 def test_without_gradients_none_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(monkeypatch)
     x, weight, _, targets = problem(13, 300, torch.float32)

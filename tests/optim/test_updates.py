@@ -10,9 +10,10 @@ import pytest
 import torch
 from optim_models import IMPLEMENTATIONS, compare, parameters, set_gradients
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scratchlm.errors import UserError
-from scratchlm.optim import SGD, AdamW, Muon
+from scratchlm.optim import SGD, AdamW, Muon, newton_schulz
 from scratchlm.optim.newton_schulz import fast_dtype
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -119,7 +120,9 @@ def test_muons_step_is_the_polar_factor_of_its_momentum(
             np.testing.assert_allclose(polar(step), wanted, rtol=0, atol=1e-4)
 
 
-def test_muon_batched_is_the_reference_in_float32() -> None:
+@pytest.mark.parametrize("in_batches", [False, True], ids=["one by one", "as on a GPU"])
+def test_muon_batched_is_the_reference_in_float32(in_batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton_schulz, "in_batches", lambda device: in_batches)
     left, right = [[*matrices(), nn.Parameter(torch.ones(3, 4, 8))] for _ in range(2)]
     for group in (left, right):
         group[1].muon_split = [10, 2, 4]  # type: ignore[attr-defined]
@@ -133,6 +136,33 @@ def test_muon_batched_is_the_reference_in_float32() -> None:
             optimizer.step()
     for p, q in zip(left, right, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_muon_on_a_gpu_launches_for_all_matrices_of_a_shape_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten layers take no more launches than two."""
+
+    class Counted(TorchDispatchMode):
+        launches = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view and func.overloadpacket._qualified_op_name != "aten::empty":
+                self.launches += 1
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(newton_schulz, "in_batches", lambda device: True)
+    launches = {}
+    for layers in (2, 10):
+        group = [nn.Parameter(torch.randn(*shape)) for _ in range(layers) for shape in ((12, 4), (4, 4), (4, 8))]
+        for index, p in enumerate(group):
+            p.grad = torch.randn(p.shape)
+            if index % 3 == 0:
+                p.muon_split = 3  # type: ignore[attr-defined]
+        optimizer = Muon(group, weight_decay=0.1)
+        optimizer.step()
+        with Counted() as counted:
+            optimizer.step()
+        launches[layers] = counted.launches
+    assert launches[10] == launches[2]
 
 
 def test_muon_treats_each_stored_matrix_as_its_own() -> None:
