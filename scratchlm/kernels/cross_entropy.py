@@ -151,19 +151,23 @@ def blocks_of(tokens: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def adds_products(device: torch.device) -> bool:
-    """Whether products of bf16 are added up in fp32 within their kernels."""
+def multiplies_wide(device: torch.device) -> bool:
+    """Whether products of bf16 come in fp32, and are added up there, within their kernels."""
     return device.type == "cuda"
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b."""
-    if total.dtype != a.dtype and adds_products(total.device):
-        from scratchlm.kernels.add_product import add_product_
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a b in `wide`, added to `total`, if there is one, in its place."""
+    if a.dtype != wide == torch.float32 and multiplies_wide(a.device):
+        from scratchlm.kernels.wide_product import product_
 
-        add_product_(total, a, b)
-    else:
-        total += a @ b
+        result = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if total is None else total
+        product_(result, a, b, add=total is not None)
+        return result
+    if total is None:
+        return (a @ b).to(wide)
+    total += a @ b
+    return total
 
 
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,10 +213,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             nats += block_nats
             if d_x is not None:
                 torch.mm(gradient, weight, out=d_x[block])
-                if d_weight is None:  # the first block; a GPU often has no other
-                    d_weight = (gradient.T @ x[block]).to(wide)
-                else:
-                    _add_product(d_weight, gradient.T, x[block])
+                d_weight = _plus_product(d_weight, gradient.T, x[block], wide)
             if d_bias is not None:
                 d_bias += gradient.sum(dim=0, dtype=wide)
             del products, gradient  # else they were still there while the next block's come to be

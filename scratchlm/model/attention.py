@@ -118,7 +118,21 @@ class MultiHeadAttention(SoftmaxAttention):
     def forward(
         self, x: Float[Tensor, "... length d_model"], context: Context
     ) -> Float[Tensor, "... length d_model"]:
-        projected = self.qkv(x)
+        q, k, v = self._heads(self.qkv(x), context)
+        if context.cache is not None:
+            cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
+            k, v = cached["k"], cached["v"]
+        mixed = self.kernel(q, k, v, self.visible(context, k.shape[-2]), self.scores(self.position.slopes))
+        return self.output(join_heads(mixed))
+
+    def _heads(
+        self, projected: Float[Tensor, "... length width"], context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, ready to meet."""
+        if self.unnormed and self.clip is None and context.cache is None:
+            given = self.heads, self.kv_heads, context.positions, context.memo
+            if (turned := self.position.turn_heads(projected, *given)) is not None:
+                return turned
         if self.clip is not None and self.unnormed:
             projected = projected.clamp(-self.clip, self.clip)
         heads = split_heads(projected, self.heads + 2 * self.kv_heads)
@@ -134,11 +148,7 @@ class MultiHeadAttention(SoftmaxAttention):
                 self.position(q, context.positions, context.memo),
                 self.position(k, context.positions, context.memo),
             )
-        if context.cache is not None:
-            cached = context.cache.append(self.layer, {"k": k, "v": v}, self.reach)
-            k, v = cached["k"], cached["v"]
-        mixed = self.kernel(q, k, v, self.visible(context, k.shape[-2]), self.scores(self.position.slopes))
-        return self.output(join_heads(mixed))
+        return q, k, v
 
     def num_params(self) -> int:
         norms = self.q_norm.num_params() + self.k_norm.num_params()

@@ -26,10 +26,11 @@ _KEPT = (
     "aten::_scaled_mm",
     "aten::_scaled_dot_product_",
     "aten::_grouped_mm",
-    "scratchlm::",
+    "scratchlm::flash_attention",
+    "scratchlm::grouped_",
 )
 """How the names of operations begin whose results are dear: products of linear layers and of experts, fused attention. Not ``bmm``: these
-are scores, the very thing not to be kept."""
+are scores, the very thing not to be kept; and not our operations that are one pass over memory."""
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scratchlm.kernels import functions
+from scratchlm.kernels import functions, swiglu
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.context import Context
 from scratchlm.model.linear import Linear
@@ -148,6 +148,13 @@ class SwiGLU(Gated):
     """f = SiLU (Shazeer 2020; PaLM, Llama and nearly all since)."""
 
     fast, formula = staticmethod(F.silu), staticmethod(functions.silu)
+
+    @classmethod
+    def activate(cls, projected: Float[Tensor, "... inner"], reference: bool = False) -> Float[Tensor, "... d_ff"]:
+        """By one kernel, and one for the gradient, where there is one."""
+        if not reference and swiglu.fits(projected):
+            return swiglu.swiglu(projected)
+        return super().activate(projected, reference)
 
 
 class ClampedSwiGLU(Gated):

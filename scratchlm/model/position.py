@@ -66,6 +66,26 @@ class Position(nn.Module):
         """
         return x
 
+    def turn_heads(
+        self,
+        projected: Float[Tensor, "... length width"],
+        heads: int,
+        kv_heads: int,
+        positions: Int[Tensor, "... length"] | None,
+        memo: Memo | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Split q‖k‖v into heads and put the position into queries and keys, all by one kernel; None: there is none for this.
+
+        Args:
+            projected: width = (heads + 2 kv_heads) · head_dim.
+            heads, kv_heads: of the queries; of the keys, and as many of the values.
+            positions, memo: as for `forward`.
+
+        Returns:
+            q (…, heads, length, head_dim), k and v (…, kv_heads, length, head_dim).
+        """
+        return None
+
     def num_params(self) -> int:
         return 0
 

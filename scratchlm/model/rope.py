@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scratchlm.kernels import rotary
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
 from scratchlm.model.position import Memo, TablePosition
@@ -49,6 +50,8 @@ class RoPE(TablePosition):
         self.scaling = rope.scaling[layer % len(rope.scaling)]
         self.width = width if config.attention_at(layer) == "mla" else config.rotated_dims
         self.pairs = choices.ROPE_PAIRS.get(rope.pairs)
+        self.interleaved = self.pairs is interleaved_pairs
+        self.in_kernel = config.kernels == "fast" and (self.interleaved or self.pairs is half_split_pairs)
         self._config = config
         self._build(torch.get_default_dtype(), None)
 
@@ -73,13 +76,13 @@ class RoPE(TablePosition):
         return cos, sin
 
     def _angles_for(
-        self, x: Tensor, positions: Int[Tensor, "... length"] | None, memo: Memo | None
+        self, dtype: torch.dtype, length: int, positions: Int[Tensor, "... length"] | None, memo: Memo | None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin in x's dtype, lined up with its heads; in one pass all layers ask for the same."""
-        key = (self, x.dtype, x.shape[-2], positions)  # tensors are told apart by identity
+        """cos and sin in a dtype, lined up with the heads; in one pass all layers ask for the same."""
+        key = (self, dtype, length, positions)  # tensors are told apart by identity
         if memo is not None and key in memo:
             return memo[key]
-        cos, sin = (part.to(x.dtype) for part in self.angles(x.shape[-2], positions))
+        cos, sin = (part.to(dtype) for part in self.angles(length, positions))
         if cos.ndim > 2:  # positions differ between rows: line up with the heads
             cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
         if memo is not None and not torch.compiler.is_compiling():
@@ -92,8 +95,24 @@ class RoPE(TablePosition):
         positions: Int[Tensor, "... length"] | None,
         memo: Memo | None = None,
     ) -> Float[Tensor, "... heads length head_dim"]:
-        cos, sin = self._angles_for(x, positions, memo)
+        cos, sin = self._angles_for(x.dtype, x.shape[-2], positions, memo)
         if self.width == x.shape[-1]:
             return self.pairs(x, cos, sin)
         turned = self.pairs(x[..., : self.width], cos, sin)
         return torch.cat([turned, x[..., self.width :]], dim=-1)
+
+    def turn_heads(
+        self,
+        projected: Float[Tensor, "... length width"],
+        heads: int,
+        kv_heads: int,
+        positions: Int[Tensor, "... length"] | None,
+        memo: Memo | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        whole = self.width * (heads + 2 * kv_heads) == projected.shape[-1]  # all of a head is rotated
+        if not (whole and self.in_kernel and rotary.fits(projected)):
+            return None
+        cos, sin = self._angles_for(torch.float32, projected.shape[-2], positions, memo)
+        if cos.ndim > 2:
+            cos, sin = cos.squeeze(-3), sin.squeeze(-3)
+        return rotary.turn_heads(projected, cos, sin, heads, kv_heads, self.interleaved)

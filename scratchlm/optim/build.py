@@ -83,7 +83,7 @@ class Optimizers:
 
     def skips_on_device(self) -> bool:
         """Whether a step can be left out by a number on the device, which nobody has waited for."""
-        return self.average is None and all(o.skips_on_device() for o in self.optimizers.values())
+        return all(o.skips_on_device() for o in self.optimizers.values())
 
     def takes_one_pass(self) -> bool:
         """Whether :meth:`step` can read other gradients, scale them and round into copies, all in one pass over memory."""
@@ -100,7 +100,7 @@ class Optimizers:
             optimizer.skip, optimizer.one_pass = skip, one_pass or OnePass()
             optimizer.step()
         if self.average is not None:
-            self.average.update()
+            self.average.update(skip)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

@@ -15,6 +15,7 @@ about as good as the weights after a decay of the learning rate. Nothing of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -32,7 +33,6 @@ class WeightAverage:
         decay: d, between 0 and 1.
 
     Attributes:
-        updates: t, the steps averaged so far.
         averages: name → a, in the parameter's shape and dtype and on its device; empty before the first update.
 
     Raises:
@@ -50,17 +50,40 @@ class WeightAverage:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise UserError(f"optim.ema: {name} is {parameter.dtype}, too coarse for an average; train in fp32")
         self.parameters, self.decay = dict(parameters), decay
-        self.updates = 0
         self.averages: dict[str, Tensor] = {}
+        self._updates = 0
+        self._skipped: Tensor | None = None  # how many of them were none, as only the device knows
+
+    @property
+    def updates(self) -> int:
+        """t, the steps averaged so far; waits for the device if steps were left out there."""
+        return self._updates if self._skipped is None else self._updates - int(self._skipped)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now, after a step."""
+    def update(self, skip: Tensor | None = None) -> None:
+        """Take in the weights as they are now, after a step.
+
+        Args:
+            skip: 1 if it was none, so that nothing changes: a scalar in fp32 on the parameters' device, which is not waited for.
+        """
         if not self.averages:
             self.averages = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
-        self.updates += 1
-        weight = (1 - self.decay) / (1 - self.decay**self.updates)
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+        self._updates += 1
+        if skip is None and self._skipped is None:
+            weight = (1 - self.decay) / (1 - self.decay**self._updates)
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+        else:
+            self._update_unless(
+                torch.zeros((), device=next(iter(self.averages.values())).device) if skip is None else skip
+            )
+
+    def _update_unless(self, skip: Tensor) -> None:
+        """As above, with t and w numbers on the device."""
+        self._skipped = skip.double() + (0 if self._skipped is None else self._skipped)
+        t = (self._updates - self._skipped).clamp(min=1)
+        weight = (1 - skip) * (1 - self.decay) / (1 - torch.exp(t * math.log(self.decay)))
+        for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
+            average.lerp_(parameter, weight.to(average.dtype))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -115,4 +138,4 @@ class WeightAverage:
 
     def load(self, state: tuple[int, dict[str, Tensor]]) -> None:
         """Go on from what :meth:`checked` found."""
-        self.updates, self.averages = state
+        (self._updates, self.averages), self._skipped = state, None

@@ -105,6 +105,11 @@ class Muon(GroupedOptimizer):
         """As for any optimizer."""
         return {"momentum_buffer": parameter.shape}
 
+    def skips_on_device(self) -> bool:
+        """True on CUDA, in batches. The gradients of a step that is left out are zero afterwards."""
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        return devices == {"cuda"} and self.implementation != "reference"
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
@@ -127,22 +132,39 @@ class Muon(GroupedOptimizer):
             part.sub_(lr * max(1, rows / columns) ** 0.5 * newton_schulz_reference(change))
 
     def _batched(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
+        lr, momentum, shrink = group["lr"], group["momentum"], 1 - group["lr"] * group["weight_decay"]
         gradients: Any = [p.grad for p in parameters]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        if self.skip is None:
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, shrink)
+        else:  # what is not finite becomes zero, and all factors 1 or 0
+            skipped = self.skip != 0
+            for gradient in gradients:
+                gradient.masked_fill_(skipped, 0.0)
+            torch._foreach_mul_(buffers, torch.where(skipped, 1.0, momentum))
+            torch._foreach_add_(buffers, gradients, alpha=1 - momentum)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, torch.where(skipped, 1.0, shrink))
         updates: Any = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         parts = [m for p in parameters for m in matrices_of(p, p)]
         changes = [m for p, update in zip(parameters, updates, strict=True) for m in matrices_of(p, update)]
-        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         # On a GPU all of one factor in one launch, which takes one dtype.
         wanted = parts[0].dtype if parts and newton_schulz.in_batches(parts[0].device) else None
-        for part, change in zip(parts, orthogonalise(changes, self.dtype, result_dtype=wanted), strict=True):
-            rows, columns = part.shape
-            alike = by_factor.setdefault(max(1, rows / max(1, columns)) ** 0.5, ([], []))
-            alike[0].append(part)
-            alike[1].append(change)
-        for factor, (some, turned) in by_factor.items():
-            torch._foreach_add_(some, turned, alpha=-lr * factor)
+        turned = orthogonalise(changes, self.dtype, result_dtype=wanted)
+        if self.skip is not None:
+            torch._foreach_mul_(turned, (1 - self.skip).to(turned[0].dtype))
+        if wanted is None:
+            for part, change in zip(parts, turned, strict=True):
+                part.add_(change, alpha=-lr * _factor(part))
+            return
+        for factor in dict.fromkeys(map(_factor, parts)):
+            some = [n for n, part in enumerate(parts) if _factor(part) == factor]
+            torch._foreach_add_([parts[n] for n in some], [turned[n] for n in some], alpha=-lr * factor)
+
+
+def _factor(matrix: Tensor) -> float:
+    """√max(1, rows / columns)."""
+    rows, columns = matrix.shape
+    return float(max(1, rows / max(1, columns)) ** 0.5)

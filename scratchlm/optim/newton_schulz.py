@@ -110,21 +110,30 @@ def in_batches(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _normalise(matrices: list[Tensor], scales: Tensor, batch: Tensor, stacked: int) -> None:
-    """Each matrix times its scale, into its slot of `batch`. Of the first `stacked` memory has the batch's order, of the others it is turned.
+def _normalised(matrices: list[Tensor], wide: int, dtype: torch.dtype) -> Tensor:
+    """A batch of matrices of one shape, each divided by its Frobenius norm. In batches the first `wide` lie in memory as the batch does, the others are turned.
 
-    On a GPU two launches, through a copy; on a CPU, where a launch costs nothing, one after the other.
+    On a GPU a few launches, through a copy; on a CPU, where a launch costs nothing, one matrix after the other.
     """
-    if not in_batches(batch.device):
+    of_norms = torch.float64 if dtype == torch.float64 else torch.float32
+    one_by_one = not in_batches(matrices[0].device)
+    if one_by_one:
+        norms = [torch.linalg.vector_norm(matrix, dtype=of_norms) for matrix in matrices]
+    else:
+        whole = [*matrices[:wide], *(matrix.mT for matrix in matrices[wide:])]
+        norms = list(torch._foreach_norm(whole, 2, dtype=of_norms))
+    scales = 1 / (torch.stack(norms) + EPS)
+    batch = matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=dtype)
+    if one_by_one:
         for slot, scale, matrix in zip(batch.unbind(), scales.unbind(), matrices, strict=True):
             torch.mul(matrix, scale, out=slot)
-        return
+        return batch
     scales = scales.view(-1, 1, 1)
-    if stacked:
-        torch.mul(torch.stack(matrices[:stacked]), scales[:stacked], out=batch[:stacked])
-    if stacked < len(matrices):
-        turned = torch.stack([matrix.mT for matrix in matrices[stacked:]]).mT
-        torch.mul(turned, scales[stacked:], out=batch[stacked:])
+    if wide:
+        torch.mul(torch.stack(whole[:wide]), scales[:wide], out=batch[:wide])
+    if wide < len(whole):
+        torch.mul(torch.stack(whole[wide:]).mT, scales[wide:], out=batch[wide:])
+    return batch
 
 
 @torch.no_grad()
@@ -148,29 +157,24 @@ def orthogonalise(
     Returns:
         One tensor for each, in its shape and order (views of the batches).
     """
-    by_shape: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    by_shape: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
-        rows, columns = sorted(matrix.shape)
-        by_shape.setdefault((rows, columns), ([], []))[matrix.shape[0] != rows].append(index)
+        by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(index)
     results: list[Tensor] = list(matrices)
-    for (rows, columns), (wide, tall) in by_shape.items():
+    for (rows, _), indices in by_shape.items():
         if rows == 0:
             continue
-        order = [*wide, *tall]
-        first = matrices[order[0]]
-        chosen = dtype if dtype is not None else fast_dtype(first.device.type)
-        chosen_norm = torch.float64 if chosen == torch.float64 else torch.float32
-        norms = torch.stack(torch._foreach_norm([matrices[i] for i in order], 2, dtype=chosen_norm))
-        batch = torch.empty(len(order), rows, columns, dtype=chosen, device=first.device)
-        _normalise(
-            [matrices[i] for i in wide] + [matrices[i].mT for i in tall], 1 / (norms + EPS), batch, len(wide)
-        )
-        found = newton_schulz_fast(batch, steps)
+        if in_batches(matrices[0].device):  # those that lie as the batch does come first
+            indices = sorted(indices, key=lambda index: matrices[index].shape[0] != rows)
+        wide = [matrices[index].shape[0] == rows for index in indices]
+        some = [matrices[index] if lies else matrices[index].mT for index, lies in zip(indices, wide, strict=True)]
+        chosen = dtype if dtype is not None else fast_dtype(some[0].device.type)
+        found = newton_schulz_fast(_normalised(some, sum(wide), chosen), steps)
         if result_dtype is None:
-            upright = found[: len(wide)].unbind(), found[len(wide) :].mT.unbind()
+            upright = [slot if lies else slot.mT for slot, lies in zip(found.unbind(), wide, strict=True)]
         else:
-            found = found.to(result_dtype)
-            upright = found[: len(wide)].unbind(), found[len(wide) :].mT.contiguous().unbind()
-        for index, result in zip(order, (*upright[0], *upright[1]), strict=True):
+            turned = found[sum(wide) :].to(result_dtype).mT.contiguous()
+            upright = [*found[: sum(wide)].to(result_dtype).unbind(), *turned.unbind()]
+        for index, result in zip(indices, upright, strict=True):
             results[index] = result
     return results

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
-from scratchlm.kernels import attention, cross_entropy
+from scratchlm.kernels import adam, attention, cross_entropy, rotary, swiglu
 from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
@@ -25,6 +25,7 @@ from scratchlm.resources.compiled import compiled as as_compiled
 from scratchlm.resources.no_compiler import fetched, uncollected
 from scratchlm.resources.trace import Trace, Tracer, without_memory
 from scratchlm.train.loss import NextTokenLoss, loss_options
+from scratchlm.train.update import Update
 from scratchlm.train.working_copy import Computing
 
 CPU = torch.device("cpu")
@@ -180,6 +181,7 @@ class Traceable:
             loss = NextTokenLoss(computing.model, **loss_options(train))
             vocab, on_cuda = self.config.vocab_size, self.device_type == "cuda"
             loss.rows = cross_entropy.rows_for(vocab, compiled=compiled, device_type=self.device_type)
+            computing.forget()
             for parameter in self.named.values():  # the micro-batches before have left their gradients
                 parameter.grad = torch.zeros_like(parameter) if accumulation > 1 else None
             tracer = Tracer(computing.model, hollow=not self.real)
@@ -194,13 +196,16 @@ class Traceable:
             tracer.phase = "backward"
             (objective / (micro_batch * length)).backward()
             watch_gradients(tracer, computing.model)
-            computing.collect()
+            update = Update(self.optimizers, computing, self.optim.grad_clip)
+            update.collect(alone=accumulation == 1)
             watch_gradients(tracer, self.model)
             if not for_peak:
                 tracer.phase = "optimizer"
-                self._clip()
-                self.optimizers.step()
-                computing.refresh()
+                if update.in_one_pass:
+                    update.clip()
+                else:
+                    self._clip()
+                update.apply()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
         fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already
@@ -261,12 +266,17 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
 
     ::
 
-        chunked loss    the gradient takes the place of the logits
+        chunked loss    the gradient takes the place of the logits; those of the head are added up in fp32 by their products
         RMSNorm         one kernel keeps its input and a number per row, as layer norm does on both; compiled, a chain is what is fused
         dropout         keeps a mask of bytes, not factors in the input's dtype
         shared keys     in fp32 repeated for every head
         Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively
+        Adam, AdamW     one kernel that reads bf16 gradients as they are
+        SwiGLU          one kernel, one for its gradient: keeps gate‖up alone
+        RoPE            one kernel turns queries and keys and copies the values: keeps cos and sin, not the projection
     """
+    from scratchlm.kernels import rotary_op, swiglu_op  # noqa: F401  (now, and not in the middle of what is traced)
+
     dropout = F.dropout
 
     def masked(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -277,12 +287,24 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
 
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place))
+        changes.enter_context(_replaced(cross_entropy, "multiplies_wide", lambda device: True))
+        changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
         changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
+        changes.enter_context(
+            _replaced(adam, "fits", lambda parameters: all(p.dtype == torch.float32 for p in parameters))
+        )
+        changes.enter_context(_replaced(swiglu, "fits", _in_kernels))
+        changes.enter_context(_replaced(rotary, "fits", lambda x: _in_kernels(x) and x.ndim == 3))
         if not compiled:
             changes.enter_context(_replaced(F, "rms_norm", normed))
         yield
+
+
+def _in_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels would take such a tensor on CUDA."""
+    return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _in_place(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,6 +312,11 @@ def _in_place(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, 
     wide = torch.float32 if products.dtype in (torch.bfloat16, torch.float16) else products.dtype
     nats = torch.zeros(targets.shape, dtype=wide, device=products.device).sum()
     return nats.clone(), nats, products.sub_(targets.unsqueeze(-1))
+
+
+def _times(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernel that scales the loss's gradients writes; reading is counted as that of any copy."""
+    return x.to(dtype, copy=True)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-import scratchlm.kernels.add_product
-import scratchlm.kernels.moe  # noqa: F401  (they register products of ours)
+import scratchlm.kernels.moe
+import scratchlm.kernels.wide_product  # noqa: F401  (they register products of ours)
 from scratchlm.resources.hollow_tensor import Hollow, tensors_in, without_numbers
 from scratchlm.resources.places import Places
 
@@ -308,7 +308,7 @@ def _grouped_outer(d_y: Shape, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * x[0] * d_y[-1] * x[-1]
 
 
-def _added(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
+def _wide(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
@@ -317,9 +317,9 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
     torch.ops.scratchlm.grouped_product: _grouped,
     torch.ops.scratchlm.grouped_outer: _grouped_outer,
-    torch.ops.scratchlm.add_product_: _added,
+    torch.ops.scratchlm.product_: _wide,
 }
-"""FLOPs, from shapes, of products that torch's own counter does not know: flash attention on a CPU, our grouped and added products."""
+"""FLOPs, from shapes, of products that torch's own counter does not know: flash attention on a CPU, our grouped and wide products."""
 
 _COUNTS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(f) for op, f in FLOPS.items()}}
 

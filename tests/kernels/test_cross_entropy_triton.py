@@ -277,11 +277,12 @@ def test_gradients_are_scaled_by_it_and_products_added_in_fp32(monkeypatch: pyte
     scaled: list[torch.dtype] = []
     scale = kernels.scaled
     monkeypatch.setattr(kernels, "scaled", lambda x, by, dtype: (scaled.append(dtype), scale(x, by, dtype))[1])
-    monkeypatch.setattr(loss, "adds_products", lambda device: True)
+    monkeypatch.setattr(loss, "multiplies_wide", lambda device: True)
     total = torch.ones(2, 3, device=DEVICE)
     a, b = torch.full((2, 1), 2**-9, device=DEVICE), torch.ones(1, 3, device=DEVICE)
     for _ in range(4):
-        loss._add_product(total, a.bfloat16(), b.bfloat16())
+        assert loss._plus_product(total, a.bfloat16(), b.bfloat16(), torch.float32) is total
+    assert torch.equal(loss._plus_product(None, a.bfloat16(), b.bfloat16(), torch.float32), a @ b)
     assert torch.equal(total, torch.full_like(total, 1 + 2**-7))
     x, weight, _, targets = problem(32, 300, torch.bfloat16)
     given = (x.double(), weight.double())

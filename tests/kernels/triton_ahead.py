@@ -1,6 +1,7 @@
-"""Compile kernels for a GPU that is not there: ``python triton_ahead.py 90 [--all | --loss]`` prints a JSON line per kernel.
+"""Compile kernels for a GPU that is not there: ``python triton_ahead.py 90 [--all | --loss | --pointwise]`` prints a JSON line per kernel.
 
-Those of attention, small with everything in them or every candidate (``--all``); or the loss's, as it is launched (``--loss``).
+Those of attention, small with everything in them or every candidate (``--all``); or, as they are launched, the loss's (``--loss``) or those of SwiGLU
+and of the rotation (``--pointwise``).
 
 Triton's interpreter accepts what its compiler may refuse, and knows nothing of registers. A process of its own, because the interpreter,
 once chosen, replaces the compiler for the whole process.
@@ -26,6 +27,8 @@ from triton.compiler import ASTSource
 from scratchlm.kernels import cross_entropy_triton as loss
 from scratchlm.kernels import flash_attention_triton as forward
 from scratchlm.kernels import flash_attention_triton_backward as backward
+from scratchlm.kernels import rotary_triton as rotary
+from scratchlm.kernels import swiglu_triton as swiglu
 
 KERNELS = {
     "forward": (forward._forward, forward.HALF, forward.FP32),
@@ -102,6 +105,56 @@ def compiled_loss(dtype: str, capped: bool, vocab: int, capability: int) -> Any:
     return cubin(loss._loss_and_gradient, signature, given, aligned, options, capability)
 
 
+def compiled_pointwise(
+    kernel: Any,
+    dtype: str,
+    constants: dict[str, Any],
+    numbers: dict[str, int],
+    tiling: dict[str, int],
+    capability: int,
+) -> Any:
+    """A kernel of SwiGLU or of the rotation as those `numbers` launch it: the compiler knows which of them 16 divides, and which are 1."""
+    options = {"num_warps": tiling.pop("num_warps")}
+    constants = constants | tiling
+    signature, given, aligned = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        number = numbers.get(name, 0)  # strides that are not named: of a size that 16 divides
+        if name in constants or number == 1:
+            signature[name], given[place,] = "constexpr", constants.get(name, number)
+        elif name.endswith("_at"):
+            signature[name] = "*fp32" if name in ("cos_at", "sin_at") else dtype
+        else:
+            signature[name] = "i32"
+        if signature[name] != "constexpr" and number % 16 == 0:
+            aligned[place,] = [["tt.divisibility", 16]]
+    return cubin(kernel, signature, given, aligned, options, capability)
+
+
+def pointwise(capability: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    for dtype, width, name in itertools.product(("*bf16", "*fp32"), (2048, 1365, 64), ("_forward", "_backward")):
+        found = compiled_pointwise(
+            getattr(swiglu, name), dtype, {}, {"width": width}, swiglu.tiling(width), capability
+        )
+        yield {"kernel": f"swiglu{name}", "dtype": dtype, "width": width}, found
+    for dtype, width, interleaved, back in itertools.product(
+        ("*bf16", "*fp32"), (64, 80, 128), (False, True), (False, True)
+    ):
+        heads = {"HEADS": 12, "KV_HEADS": 4, "HEAD_DIM": width, "INTERLEAVED": interleaved, "BACK": back}
+        numbers = {"q_head": width, "k_head": width, "v_head": width, "rows": 20 * 1023}
+        found = compiled_pointwise(rotary._turn, dtype, heads, numbers, rotary.tiling(width), capability)
+        yield {"kernel": "turn", "dtype": dtype, "width": width, "interleaved": interleaved, "back": back}, found
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    """How often a thread loads from and stores to global memory, by the bits of one access; and its exchanges through shared memory."""
+    found: dict[str, int] = {"exchanges": len(re.findall(r"\bst\.shared", ptx))}
+    for kind, count, bits in re.findall(r"\b(ld|st)\.global(?:\.[A-Za-z_:0-9]+?)*?(\.v\d)?\.b(\d+)", ptx):
+        name = f"{kind} {int(count[2:] or 1) * int(bits)}"
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
 def stack_bytes(cubin: bytes) -> int:
     """Bytes per thread that did not fit into registers."""
     return usage(cubin, "STACK")
@@ -137,7 +190,13 @@ def main() -> None:
     parser.add_argument("capability", type=int)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--loss", action="store_true")
+    parser.add_argument("--pointwise", action="store_true")
     options = parser.parse_args()
+    if options.pointwise:
+        for row, found in pointwise(options.capability):
+            of_thread = {"registers": usage(found.asm["cubin"], "REG"), "stack": stack_bytes(found.asm["cubin"])}
+            print(json.dumps(row | of_thread | {"accesses": accesses(found.asm["ptx"])}), flush=True)
+        return
     if options.loss:
         for dtype, capped, vocab in itertools.product(("*bf16", "*fp32"), (False, True), (65, 50257, 50304)):
             found = compiled_loss(dtype, capped, vocab, options.capability)

@@ -68,9 +68,10 @@ def test_batched_in_float64_is_the_reference(steps: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.floats(1e-6, 1e6), st.integers(0, 100))
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(1e-4, 1e6), st.integers(0, 100))
 def test_scale_and_transposition_do_not_matter(rows: int, columns: int, scale: float, seed: int) -> None:
     matrix = drawn(rows, columns, seed)
+    matrix = matrix / torch.linalg.matrix_norm(matrix)  # ε is 1e-7, to which a norm is small or not
     plain = newton_schulz_reference(matrix)
     torch.testing.assert_close(
         newton_schulz_reference(matrix * scale), plain, rtol=0, atol=0.2 if scale < 1e-3 else 1e-2

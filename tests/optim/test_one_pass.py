@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,6 +80,7 @@ def test_any_step(
     betas: tuple[float, float],
     seed: int,
 ) -> None:
+    assume(decoupled or not decay or betas[1])  # else g + λ θ ≈ 0 is divided by itself
     w, g, m, v = (drawn(sizes, 4 * seed + n, aligned) for n in range(4))
     g, v = [x.to(dtype) for x in g], [x.square() for x in v]
     steps = [torch.tensor(float(before), device=DEVICE) for _ in sizes]
@@ -95,7 +96,7 @@ def test_any_step(
         return
     for place, right in enumerate(expected):
         for ours, theirs in zip((w[place], m[place], v[place]), right, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-6)  # differences of numbers near 1
         assert steps[place].item() == before + 1
         if copies:
             assert torch.equal(copies[place], w[place].to(copies[place].dtype))

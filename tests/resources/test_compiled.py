@@ -16,7 +16,7 @@ from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.resources.compiled import Flow, compiled, in_blocks, kept_for_backward
-from scratchlm.resources.step import CPU, Step, as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import CPU, Step, _as_on_cuda, as_compiled_on_a_cpu, trace_step
 from scratchlm.resources.trace import Operation, Phase, Storage, Trace
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
@@ -89,6 +89,18 @@ def test_what_is_kept_is_what_torchs_partitioner_keeps(fields: dict[str, Any], p
     config = config_of(fields)
     kept = sum(storage.size for storage in kept_for_backward(traced(config, precision).trace))
     assert kept == pytest.approx(kept_by_torch(config, precision), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_our_operations_are_kept_as_torchs_partitioner_keeps_them(precision: str) -> None:
+    """SwiGLU and the rotation as on CUDA, which the compiler takes whole: what comes out of them and what they read is in memory."""
+    config = ModelConfig(**BASE, attention_kernel="sdpa")
+    kept = kept_for_backward(traced(config, precision, device_type="cuda").trace)
+    with _as_on_cuda(compiled=True):
+        assert sum(storage.size for storage in kept) == pytest.approx(kept_by_torch(config, precision), rel=0.05)
+    makers = [storage.maker for storage in kept if storage.module.startswith("blocks.0")]
+    assert makers.count("turn_heads") == 3 and makers.count("swiglu") == 1
+    assert not {"silu", "cat"} & set(makers)
 
 
 def operation(

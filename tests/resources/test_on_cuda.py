@@ -71,13 +71,15 @@ def test_the_loss_by_hand(compiled: bool) -> None:
     step = traced(model={"vocab_size": vocab, "context_length": 1024}, micro_batch=8, compiled=compiled)
     moment, _ = step.memory.peak()
     operation = step.memory.operations[moment]
-    assert (operation.name, operation.phase) == ("_to_copy", "forward")  # the first block's product, widened
+    assert (operation.name, operation.phase) == ("sum", "forward")  # a second block's losses, beside the gradient of the first
     alive = [s for s in step.memory.storages if s.lives_at(moment) and s.module == "" and s.phase == "forward"]
     x = d_x = 2 * tokens * d
-    weight, product, d_weight, logits = 2 * vocab * d, 2 * vocab * d, 4 * vocab * d, 2 * rows * vocab
-    assert sorted(s.size for s in alive if s.size > 16) == sorted([x, d_x, weight, product, d_weight, logits])
-    products = [op for op in step.trace.operations if op.name == "mm" and op.phase == "forward" and op.module == ""]
-    assert len(products) == 3 * tokens // rows
+    weight, d_weight, logits = 2 * vocab * d, 4 * vocab * d, 2 * rows * vocab
+    assert sorted(s.size for s in alive if s.size > 16) == sorted([x, d_x, weight, d_weight, logits, 4 * rows])
+    of_the_loss = [op for op in step.trace.operations if op.phase == "forward" and op.module == ""]
+    assert [op.name for op in of_the_loss].count("mm") == 2 * tokens // rows
+    wide = [op for op in of_the_loss if op.name == "product_"]
+    assert [op.flops for op in wide] == [2 * rows * vocab * d] * (tokens // rows)
 
 
 @pytest.mark.parametrize("for_peak", [False, True])
@@ -95,7 +97,10 @@ def test_on_cuda_less_is_kept(for_peak: bool) -> None:
     norms = 2 * 4 * numbers  # x / RMS(x) of both norms
     masks = 2 * 3 * numbers  # bytes, not floats
     means = 2 * 4 * numbers // 64
-    assert kept[0] - kept[1] == norms + masks - means
+    gates = 4 * 3 * numbers  # silu(gate)
+    # q‖k of both layers, whose rotation is one module, the projection and the output's copy, instead of q, k and v.
+    heads = 4 * (2 * 2 + 3 + 1 - 3) * numbers
+    assert kept[0] - kept[1] == norms + masks - means + gates + heads
 
 
 def test_shared_keys_are_repeated_in_fp32_alone() -> None:
@@ -105,11 +110,28 @@ def test_shared_keys_are_repeated_in_fp32_alone() -> None:
             memory = traced(device, model={"kv_heads": 1, "attention_kernel": "sdpa"}, precision=precision).memory
             first = [s for s in memory.storages if s.kind == "activations" and s.module == "blocks.0.attention"]
             kept[precision, device] = sorted(s.size for s in first)
-    numbers = 4 * 4 * 128 * 64
-    assert (
-        kept["fp32", "cuda"].count(numbers) == kept["fp32", "cpu"].count(numbers) + 2
-    )  # keys and values of every head
-    assert kept["bf16", "cuda"] == kept["bf16", "cpu"]
+    numbers, sums = 4 * 128 * 64, 4 * 4 * 128 * 4
+    assert kept["fp32", "cuda"] == [sums, *[4 * numbers] * 4]  # queries, keys and values of every head, output
+    assert kept["fp32", "cpu"] == [sums, *[4 * numbers] * 2]  # output and its copy; the rest is elsewhere
+    assert kept["bf16", "cuda"] == [sums, *[2 * numbers // 4] * 2, *[2 * numbers] * 2]
+
+
+def test_a_layer_of_the_model_is_few_operations_on_cuda() -> None:
+    """q‖k‖v to attention, and gate‖up to the last product, are one operation each, forward and backward."""
+    step = traced(model={"layers": 1, "kv_heads": 2, "attention_kernel": "sdpa"})
+    numbers = 4 * 128 * 64
+    ours = {op.name: op for op in step.trace.operations if op.name.startswith(("swiglu", "turn_heads"))}
+    angles = 2 * 4 * 128 * 8
+    assert {name: (op.phase, op.read, op.written) for name, op in ours.items()} == {
+        "turn_heads": ("forward", 2 * 2 * numbers + angles, 2 * 2 * numbers),
+        "swiglu": ("forward", 2 * 6 * numbers, 2 * 3 * numbers),
+        "swiglu_backward": ("backward", 2 * 9 * numbers, 2 * 6 * numbers),
+        "turn_heads_backward": ("backward", 2 * 2 * numbers + angles, 2 * 2 * numbers),
+    }
+    modules = {name: op.module for name, op in ours.items()}
+    assert modules["turn_heads"] == modules["turn_heads_backward"] == "blocks.0.attention"
+    assert modules["swiglu"] == modules["swiglu_backward"] == "blocks.0.feedforward"
+    assert not [op for op in step.trace.operations if op.name in ("silu", "silu_backward", "cat")]
 
 
 def test_experts_and_accumulation_are_traced_too() -> None:

@@ -16,7 +16,7 @@ from test_loop import MODEL, LossThat, RandomBatches, lines, trainer
 
 from scratchlm.errors import UserError
 from scratchlm.model import ModelConfig, Transformer
-from scratchlm.optim.adam import Adam
+from scratchlm.optim import Adam, Muon, newton_schulz
 from scratchlm.train.loop import Interrupted, Trainer
 from scratchlm.train.outcome import Outcome
 
@@ -24,9 +24,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPOILT = {1, 3, 4, 5, 9, 12}  # the first, one that is logged, and the last
 
 
+def go_on(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
+    for kind in (Adam, Muon):
+        monkeypatch.setattr(kind, "skips_on_device", lambda self: yes)
+
+
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Adam, "skips_on_device", lambda self: True)
+    go_on(monkeypatch, True)
 
 
 def run_of(folder: Path, *, spoilt: set[int], value: float = math.nan, **options: Any) -> Trainer:
@@ -42,25 +47,68 @@ def everything(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
 
+def compare(
+    tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch, exactly: bool = True, **options: Any
+) -> None:
+    """A run that waits and one that goes on."""
+    go_on(monkeypatch, False)
+    waiting = run_of(tmp_path / "waiting", spoilt=SPOILT, value=value, **options)
+    waiting.fit()
+    go_on(monkeypatch, True)
+    going = run_of(tmp_path / "ahead", spoilt=SPOILT, value=value, **options)
+    going.fit()
+    assert going._ahead and not waiting._ahead
+    near = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
+    for left, right in zip(waiting.model.parameters(), going.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, **near)
+    states = [one.optimizers.named_state() for one in (waiting, going)]
+    assert states[0].keys() == states[1].keys()
+    for name, state in states[0].items():
+        torch.testing.assert_close(
+            torch.as_tensor(states[1][name]), torch.as_tensor(state), **near, check_dtype=False
+        )
+    if exactly:
+        assert everything(tmp_path / "waiting") == everything(tmp_path / "ahead")
+    assert vars(waiting.state) | {"seconds": 0} == vars(going.state) | {"seconds": 0}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_it_is_the_same_run(tmp_path: Path, value: float, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = {"precision": "bf16", "weights": weights}
-    monkeypatch.setattr(Adam, "skips_on_device", lambda self: False)
-    waiting = run_of(tmp_path / "waiting", spoilt=SPOILT, value=value, train=train)
-    waiting.fit()
-    monkeypatch.setattr(Adam, "skips_on_device", lambda self: True)
-    going = run_of(tmp_path / "ahead", spoilt=SPOILT, value=value, train=train)
-    going.fit()
-    assert going._ahead and not waiting._ahead
-    for left, right in zip(waiting.model.parameters(), going.model.parameters(), strict=True):
-        assert torch.equal(left, right)
-    states = [one.optimizers.named_state() for one in (waiting, going)]
-    assert all(
-        torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0]
-    )
-    assert everything(tmp_path / "waiting") == everything(tmp_path / "ahead")
-    assert vars(waiting.state) | {"seconds": 0} == vars(going.state) | {"seconds": 0}
+    compare(tmp_path, value, monkeypatch, train={"precision": "bf16", "weights": weights})
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_with_muon_and_an_average(
+    tmp_path: Path, value: float, in_batches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Momentum and average by other operations, which round otherwise."""
+    monkeypatch.setattr(newton_schulz, "in_batches", lambda device: in_batches)
+    monkeypatch.setattr(newton_schulz, "fast_dtype", lambda device_type: torch.float32)
+    optim = {"optimizer": "muon", "muon_weight_decay": 0.1, "ema": 0.8, "schedule": "constant"}
+    compare(tmp_path, value, monkeypatch, exactly=False, optim=optim)
+
+
+def test_a_step_of_muon_and_of_the_average_that_is_left_out_changes_nothing() -> None:
+    from scratchlm.config import OptimConfig
+    from scratchlm.optim import build_optimizers
+
+    model = Transformer(MODEL, seed=0).to(DEVICE)
+    optimizers = build_optimizers(model, OptimConfig(optimizer="muon", muon_weight_decay=0.1, ema=0.9))
+
+    def step(value: float, skip: float | None) -> list[torch.Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizers.step(None if skip is None else torch.tensor(skip, device=DEVICE))
+        return [x.clone() for x in (*model.parameters(), *map(torch.as_tensor, optimizers.named_state().values()))]
+
+    step(math.nan, 1.0)  # the first of all
+    before = step(0.3, 0.0)
+    assert all(x.isfinite().all() for x in before)
+    after = step(math.nan, 1.0)
+    assert all(map(torch.equal, before, after))
+    assert optimizers.average is not None and optimizers.average.updates == 1
 
 
 def test_the_host_reads_a_step_when_the_next_is_launched(
@@ -107,7 +155,12 @@ def test_a_signal_finds_everything_read(tmp_path: Path, ahead: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"optim": {"ema": 0.9}}, {"optim": {"optimizer": "muon"}}, {"optim": {"implementation": "foreach"}}]
+    "changed",
+    [
+        {"optim": {"optimizer": "lion"}},
+        {"optim": {"implementation": "foreach"}},
+        {"optim": {"optimizer": "muon", "implementation": "reference"}},
+    ],
 )
 def test_what_the_host_has_to_know_it_waits_for(tmp_path: Path, changed: dict[str, Any]) -> None:
     run = run_of(tmp_path, spoilt=set(), train={"steps": 1}, **changed)

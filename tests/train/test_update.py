@@ -82,7 +82,8 @@ def test_with_bf16_weights(tmp_path: Path, accumulation: int, monkeypatch: pytes
     collect = WorkingCopy.collect
     monkeypatch.setattr(WorkingCopy, "collect", lambda self: (widened.append(1), collect(self))[1])
     train = {"weights": "bf16", "accumulation": accumulation}
-    one, _ = compare(tmp_path, 1e-5, train=train)
+    # The last digit of a master may be another one's after rounding: then its copies, and what they compute, are 2⁻⁸ apart.
+    one, _ = compare(tmp_path, 2e-3, train=train)
     assert len(widened) == (
         5 if accumulation == 1 else 20
     )  # of the run in several passes, and of two micro-batches

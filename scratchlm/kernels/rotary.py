@@ -1,0 +1,51 @@
+"""q‖k‖v of a projection split into heads, queries and keys rotated, as one operation: when, and the way there.
+
+The operation itself is in `rotary_op.py`, which is not read before it is wanted; its kernel is in `rotary_triton.py`. The formula it is
+held equal to: :class:`scratchlm.model.rope.RoPE`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scratchlm.kernels import triton_here
+
+
+def fits(projected: Tensor) -> bool:
+    """Whether :func:`turn_heads` is the way: one dimension of rows, in half or single precision, where Triton's kernels run."""
+    return (
+        triton_here.takes(projected.device)
+        and projected.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and projected.ndim == 3
+    )
+
+
+def turn_heads(
+    projected: Float[Tensor, "batch length width"],
+    cos: Float[Tensor, "... length half"],
+    sin: Float[Tensor, "... length half"],
+    heads: int,
+    kv_heads: int,
+    interleaved: bool,
+) -> tuple[
+    Float[Tensor, "batch heads length head_dim"],
+    Float[Tensor, "batch kv_heads length head_dim"],
+    Float[Tensor, "batch kv_heads length head_dim"],
+]:
+    """q, k and v of q‖k‖v, the first two rotated (Su et al. 2021, arXiv 2104.09864, eq. 34); computed in fp32 at least.
+
+    The heads of a token lie side by side in memory, in all three.
+
+    Args:
+        projected: width = (heads + 2 kv_heads) · head_dim.
+        cos, sin: fp32, of each position and pair of dimensions, half = head_dim / 2; (length, half) for the whole batch or
+            (batch, length, half). They have no gradient.
+        heads, kv_heads: of the queries; of the keys, and as many of the values.
+        interleaved: pairs are (0, 1), (2, 3), …; else (0, half), (1, half + 1), ….
+    """
+    from scratchlm.kernels import rotary_op
+
+    q, k, v = rotary_op.turn_heads(projected, cos, sin, heads, kv_heads, interleaved)
+    return q, k, v

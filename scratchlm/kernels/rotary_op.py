@@ -1,0 +1,108 @@
+"""Splitting q‖k‖v and rotating as an operation of torch: shapes without computing, the gradient, the same in torch where Triton does not run.
+
+    pair (a, b) of q and k      a' = a cos − b sin,  b' = a sin + b cos
+    upstream (d_a', d_b')       d_a = d_a' cos + d_b' sin,  d_b = d_b' cos − d_a' sin:  the rotation by the negative angle
+
+Only cos and sin are kept for the gradient, not the projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scratchlm.kernels.triton_here import runs_on
+
+IN_TORCH = "queries and keys are rotated by torch's kernels"
+
+
+def _in_triton(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and runs_on(x.device, IN_TORCH)
+
+
+def heads_inside(x: Tensor, batch: int, length: int, heads: int, width: int) -> Tensor:
+    """A new (batch, heads, length, width) whose heads stand side by side in memory."""
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@torch.library.custom_op("scratchlm::turn_heads", mutates_args=())
+def turn_heads(
+    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, heads, length, head_dim), k and v (batch, kv_heads, length, head_dim) of `projected` (batch, length, …)."""
+    batch, length, width = projected.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    if width != (heads + 2 * kv_heads) * head_dim or head_dim % 2:
+        raise ValueError(f"{heads} + 2 · {kv_heads} heads of an even width do not make up {width}")
+    _check(batch, length, head_dim, cos, sin)
+    if _in_triton(projected):
+        from scratchlm.kernels.rotary_triton import forward
+
+        return forward(projected, cos, sin, heads, kv_heads, interleaved)
+    qk, v = projected.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=-2)
+    q, k = _turned(qk, cos, sin, interleaved).split([heads, kv_heads], dim=-2)
+    # Copies: the results of an operation share no memory, and lie as promised.
+    return tuple(part.clone(memory_format=torch.contiguous_format).transpose(1, 2) for part in (q, k, v))
+
+
+@turn_heads.register_fake
+def _(
+    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = projected.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    return tuple(heads_inside(projected, batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("scratchlm::turn_heads_backward", mutates_args=())
+def turn_heads_backward(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> Tensor:
+    """The gradient of the projection, (batch, length, (heads + 2 kv_heads) · head_dim), contiguous."""
+    batch, _, length, head_dim = d_q.shape
+    _check(batch, length, head_dim, cos, sin)
+    if _in_triton(d_q):
+        from scratchlm.kernels.rotary_triton import backward
+
+        return backward(d_q, d_k, d_v, cos, sin, interleaved)
+    d_qk = torch.cat([d_q, d_k], dim=1).transpose(1, 2)
+    return torch.cat([_turned(d_qk, cos, -sin, interleaved), d_v.transpose(1, 2)], dim=-2).flatten(-2).contiguous()
+
+
+@turn_heads_backward.register_fake
+def _(d_q: Tensor, d_k: Tensor, d_v: Tensor, *_: Any) -> Tensor:
+    batch, heads, length, head_dim = d_q.shape
+    return d_q.new_empty(batch, length, (heads + 2 * d_k.shape[1]) * head_dim)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, cos, sin, _, _, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _gradients(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return turn_heads_backward(d_q, d_k, d_v, cos, sin, ctx.interleaved), *([None] * 5)
+
+
+turn_heads.register_autograd(_gradients, setup_context=_setup)
+
+
+def _check(batch: int, length: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
+    """The kernel would read beyond a smaller table."""
+    rows, *rest = (1, *cos.shape)[-3:]
+    if cos.shape != sin.shape or rest != [length, head_dim // 2] or rows not in (1, batch):
+        raise ValueError(
+            f"cos and sin of {batch} × {length} tokens and {head_dim // 2} pairs cannot be {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (batch, length, heads, head_dim), each pair rotated, in its dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    pairs = x.to(wide).unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2).to(x.dtype)

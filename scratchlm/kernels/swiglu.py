@@ -1,0 +1,34 @@
+"""silu(gate) ⊙ up as one operation whose gradient is one pass, too (SwiGLU: Shazeer 2020, arXiv 2002.05202): when, and the way there.
+
+The operation itself is in `swiglu_op.py`, which is not read before it is wanted; its kernels are in `swiglu_triton.py`. The formula it is
+held equal to: :class:`scratchlm.model.feedforward.SwiGLU`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scratchlm.kernels import triton_here
+
+
+def fits(gate_up: Tensor) -> bool:
+    """Whether :func:`swiglu` is the way: half or single precision where Triton's kernels run, and a gradient is wanted.
+
+    Without a gradient torch.compile makes one pass of the formula as well; and where a token is written at a time, the call of an operation
+    of our own takes longer than the two of torch.
+    """
+    return (
+        triton_here.takes(gate_up.device)
+        and gate_up.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and torch.is_grad_enabled()
+    )
+
+
+def swiglu(gate_up: Float[Tensor, "... 2*d_ff"]) -> Float[Tensor, "... d_ff"]:
+    """silu(gate) ⊙ up of the two halves gate‖up, in fp32 at least; returned in the dtype of `gate_up`, which alone is kept for the gradient."""
+    from scratchlm.kernels import swiglu_op
+
+    out: Tensor = swiglu_op.swiglu(gate_up)
+    return out
