@@ -49,3 +49,26 @@ def turn_heads(
 
     q, k, v = rotary_op.turn_heads(projected, cos, sin, heads, kv_heads, interleaved)
     return q, k, v
+
+
+def fits_heads(x: Tensor) -> bool:
+    """Whether :func:`turn` is the way: heads that are there already, where a gradient is wanted and no compiler makes one loop of norm and rotation."""
+    return (
+        triton_here.takes(x.device)
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and x.ndim == 4
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def turn(
+    x: Float[Tensor, "batch heads length head_dim"],
+    cos: Float[Tensor, "... length half"],
+    sin: Float[Tensor, "... length half"],
+    interleaved: bool,
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """Heads rotated; arguments as for :func:`turn_heads`, and so is the result's memory."""
+    from scratchlm.kernels import rotary_op
+
+    return rotary_op.turn_heads(x.transpose(1, 2).flatten(-2), cos, sin, x.shape[1], 0, interleaved)[0]

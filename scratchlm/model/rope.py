@@ -95,6 +95,8 @@ class RoPE(TablePosition):
         positions: Int[Tensor, "... length"] | None,
         memo: Memo | None = None,
     ) -> Float[Tensor, "... heads length head_dim"]:
+        if self.width == x.shape[-1] and self.in_kernel and rotary.fits_heads(x):
+            return rotary.turn(x, *self._tables(x.shape[-2], positions, memo), self.interleaved)
         cos, sin = self._angles_for(x.dtype, x.shape[-2], positions, memo)
         if self.width == x.shape[-1]:
             return self.pairs(x, cos, sin)
@@ -112,7 +114,12 @@ class RoPE(TablePosition):
         whole = self.width * (heads + 2 * kv_heads) == projected.shape[-1]  # all of a head is rotated
         if not (whole and self.in_kernel and rotary.fits(projected)):
             return None
-        cos, sin = self._angles_for(torch.float32, projected.shape[-2], positions, memo)
-        if cos.ndim > 2:
-            cos, sin = cos.squeeze(-3), sin.squeeze(-3)
-        return rotary.turn_heads(projected, cos, sin, heads, kv_heads, self.interleaved)
+        tables = self._tables(projected.shape[-2], positions, memo)
+        return rotary.turn_heads(projected, *tables, heads, kv_heads, self.interleaved)
+
+    def _tables(
+        self, length: int, positions: Int[Tensor, "... length"] | None, memo: Memo | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin in fp32, (length, half) or (batch, length, half)."""
+        cos, sin = self._angles_for(torch.float32, length, positions, memo)
+        return (cos, sin) if cos.ndim == 2 else (cos.squeeze(-3), sin.squeeze(-3))

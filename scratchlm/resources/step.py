@@ -273,7 +273,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively
         Adam, AdamW     one kernel that reads bf16 gradients as they are
         SwiGLU          one kernel, one for its gradient: keeps gate‖up alone
-        RoPE            one kernel turns queries and keys and copies the values: keeps cos and sin, not the projection
+        RoPE            one kernel turns queries and keys and copies the values: keeps cos and sin, not the projection; eager also behind norms
     """
     from scratchlm.kernels import rotary_op, swiglu_op  # noqa: F401  (now, and not in the middle of what is traced)
 
@@ -298,6 +298,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         changes.enter_context(_replaced(swiglu, "fits", _in_kernels))
         changes.enter_context(_replaced(rotary, "fits", lambda x: _in_kernels(x) and x.ndim == 3))
         if not compiled:
+            changes.enter_context(_replaced(rotary, "fits_heads", lambda x: _in_kernels(x) and x.ndim == 4))
             changes.enter_context(_replaced(F, "rms_norm", normed))
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -157,7 +158,8 @@ class Trainer:
                 "set model.moe.normalise = false, with router = softmax_topk or sigmoid"
             )
         if config.cuda_graph and self._on_gpu:
-            self._graph = StepGraph(self._one, self.loss, list(self.parameters), self.device)
+            alone = functools.partial(self._one, alone=True)
+            self._graph = StepGraph(alone, self.loss, self._update.with_gradients(), self.device)
         elif config.cuda_graph:
             self.say(f"train.cuda_graph is for GPUs: {self.device.type} goes on without")
         if config.parts is None:

@@ -50,6 +50,10 @@ class Update:
         if not (alone and self.in_one_pass):
             self.computing.collect()
 
+    def with_gradients(self) -> list[Tensor]:
+        """Those that have the gradients of a step's only backward pass after :meth:`collect`."""
+        return [self._copies.get(p, p) if self.in_one_pass else p for p in self.parameters]
+
     def clip(self) -> Tensor:
         """Bound the gradient's norm; returns what it was, a 0-dim fp32 tensor that nobody has waited for."""
         if not self.in_one_pass:

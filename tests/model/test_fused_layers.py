@@ -106,6 +106,7 @@ def without(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], **options: 
     with monkeypatch.context() as changed:
         changed.setattr(swiglu, "fits", lambda _: False)
         changed.setattr(rotary, "fits", lambda _: False)
+        changed.setattr(rotary, "fits_heads", lambda _: False)
         return objective_and_gradients(fields, **options)
 
 
@@ -153,6 +154,30 @@ def test_compiled_and_checkpointed(
     assert kernels.taken() == (EACH if checkpointing == "none" else AGAIN)
 
 
+NORMED: dict[str, dict[str, Any]] = {
+    "norms": {"qk_norm": "head"},
+    "clipped": {"qkv_clip": 0.5},
+    "clipped norms, interleaved": {"qk_norm": "head", "qkv_clip": 0.5, "rope": {"pairs": "interleaved"}},
+    "latent attention": {"attention": "mla", "kv_heads": None, "latent": {"kv_rank": 8, "rope_dim": 4}},
+}
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("fields", NORMED.values(), ids=list(NORMED))
+def test_queries_and_keys_that_are_there_already_are_turned_where_nothing_is_compiled(
+    fields: dict[str, Any], documents: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys together, where nothing but a clip came before, else one after the other. A compiler makes one loop of norm and rotation."""
+    right = without(monkeypatch, fields, documents=documents)
+    assert not kernels.taken()
+    assert_near(objective_and_gradients(fields, documents=documents), right, rtol=1e-4, atol=1e-6)
+    each = LAYERS if "qk_norm" not in fields and "attention" not in fields else 2 * LAYERS
+    assert kernels.taken() == EACH | {"turn forward": each, "turn backward": each}
+    found = objective_and_gradients(fields, documents=documents, backend="aot_eager")
+    assert_near(found, right, rtol=1e-4, atol=1e-6)
+    assert "turn forward" not in kernels.taken()
+
+
 def test_under_autocast(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 as near to fp32 as torch's operations come."""
     exact = objective_and_gradients({}, documents=True)
@@ -175,12 +200,12 @@ def test_experts_take_it_too(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) 
 
 
 OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "norms of queries and keys": ({"qk_norm": "head"}, {"swiglu"}),
-    "clipped": ({"qkv_clip": 0.5}, {"swiglu"}),
+    "norms of queries and keys": ({"qk_norm": "head"}, {"swiglu", "turn"}),
+    "clipped": ({"qkv_clip": 0.5}, {"swiglu", "turn"}),
     "half of a head": ({"rope": {"fraction": 0.5}}, {"swiglu"}),
     "latent attention": (
         {"attention": "mla", "kv_heads": None, "latent": {"kv_rank": 8, "rope_dim": 4}},
-        {"swiglu"},
+        {"swiglu", "turn"},
     ),
     "alibi": ({"position": "alibi"}, {"swiglu"}),
     "another activation": ({"feedforward": "geglu"}, {"turn"}),

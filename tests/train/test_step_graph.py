@@ -6,6 +6,7 @@ Where there is no GPU, a stand-in records: it computes the pass again at every r
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ def test_it_is_the_same_run(tmp_path: Path, stand_in: StandIn, train: dict[str, 
     found = [[record["loss"] for record in lines(tmp_path / name, "train")] for name in ("plain", "recorded")]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] != [found[0][0]] * 6
+
+
+def test_bf16_gradients_are_left_where_the_update_reads_them(
+    tmp_path: Path, stand_in: StandIn, interpreted: list[Any]
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET is not 1")
+    train = {"precision": "bf16", "weights": "bf16"}
+    recorded = run_of(tmp_path / "recorded", True, train=train)
+    assert recorded._update.in_one_pass and stand_in.recordings == 1
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in recorded._update.with_gradients())
+    assert all(p.grad is None for p in recorded.model.parameters())
+    same(run_of(tmp_path / "plain", False, train=train), recorded)
 
 
 def test_dropout_is_drawn_anew_at_every_replay(tmp_path: Path, stand_in: StandIn) -> None:
