@@ -7,7 +7,7 @@
 #
 # First, side by side, what is not timed: the tests, peaks of memory, and everything that a later step will find compiled. Then, alone, what is. Each step has
 # its own limit, and one that fails does not stop those after it. Results go to $OUT (default: docs/results/gpu); the last line is JSON: the exit status and
-# the seconds of every step (124: it ran into its limit). TEXT names tiny Shakespeare for the speedrun, which is left out without it; BESIDE is a command of one's own that runs beside what is not timed.
+# the seconds of every step (124: it ran into its limit). TEXT names tiny Shakespeare for the speedrun, which is left out without it, and THEIRS, 0 or 1, whether nanoGPT's recipe runs, too; BESIDE is a command of one's own that runs beside what is not timed.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-docs/results/gpu}
@@ -78,20 +78,22 @@ measured() { # when all of them are warm and nothing else runs, one after the ot
 
 wanted train && {
     if roomy; then # five contenders hold 90 GB
-        train train-124M --shapes 124M --rounds 5 --steps 8 \
-            --contenders scratchlm scratchlm-bf16 transformers-compiled nanogpt-patched litgpt
+        train train-124M --shapes 124M --rounds 5 --steps 12 \
+            --contenders scratchlm scratchlm-bf16 scratchlm-graph transformers-compiled nanogpt-patched litgpt
     else
-        train train-124M-transformers --shapes 124M --rounds 5 --steps 8 --contenders scratchlm-bf16 transformers-compiled nanogpt-patched
+        train train-124M-transformers --shapes 124M --rounds 5 --steps 12 --contenders scratchlm-bf16 transformers-compiled nanogpt-patched
         measured
-        train train-124M --shapes 124M --rounds 5 --steps 8 --contenders scratchlm scratchlm-bf16 litgpt
+        train train-124M --shapes 124M --rounds 5 --steps 12 --contenders scratchlm scratchlm-graph litgpt
     fi
 }
 wanted memory && beside memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 140 --out "$OUT/resources"
 wanted tests && {
     parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
     # shellcheck disable=SC2086
-    beside tests 170 "$PYTHON" -m pytest -v $parallel -m "not slow" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
-        tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/train/test_ahead.py tests/train/test_step_graph.py
+    beside tests 170 "$PYTHON" -m pytest -v $parallel -m "not slow" -k "not int32" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
+        tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/kernels/test_swiglu.py tests/kernels/test_rotary.py \
+        tests/model/test_fused_layers.py tests/optim/test_one_pass.py tests/optim/test_updates.py tests/train/test_update.py \
+        tests/train/test_ahead.py tests/train/test_step_graph.py
     beside graphs 170 "$PYTHON" -m pytest -v -m slow -p no:cacheprovider tests/train/test_working_copy.py tests/train/test_loss.py tests/train/test_step_graph.py -k "graphs or mode or recorded"
 }
 [ -n "${BESIDE:-}" ] && beside beside 170 bash -c "$BESIDE"
@@ -105,7 +107,7 @@ wanted attention && step attention 75 "$PYTHON" benchmarks/attention.py --device
     --only "flash (ours)" sdpa "sdpa's flash" "naive compiled"
 
 wanted big-train && {
-    train train-350M --shapes 350M --rounds 4 --steps 6 --contenders scratchlm-bf16 transformers-compiled litgpt
+    train train-350M --shapes 350M --rounds 4 --steps 10 --contenders scratchlm-bf16 scratchlm-graph transformers-compiled litgpt
     if ! roomy; then # 80 GB hold two contenders of 1B at a time
         measured
         for peer in transformers-compiled litgpt; do
@@ -122,11 +124,12 @@ wanted big-train && roomy && {
 }
 
 # --- alone ------------------------------------------------------------------------------------------------------------
+wanted tests && step large 60 "$PYTHON" -m pytest -v -k int32 -p no:cacheprovider tests/kernels/test_swiglu.py tests/kernels/test_rotary.py # 14 GB each
 # A corner of the course's grid; the whole: benchmarks/attention.py by itself.
 wanted grid && step attention-grid 70 "$PYTHON" benchmarks/attention.py --device cuda --widths 64 128 --dtypes bf16 fp32 \
     --lengths 512 4096 32768 --rounds 3 --budget 60 --out "$OUT/attention-grid"
 wanted time && step time 80 "$PYTHON" benchmarks/resources_cuda.py --what time --out "$OUT/resources"
-wanted speedrun && [ -n "${TEXT:-}" ] && step speedrun 200 "$PYTHON" benchmarks/speedrun.py --text "$TEXT" --device cuda --rounds 1 --ours 3 \
+wanted speedrun && [ -n "${TEXT:-}" ] && step speedrun 200 "$PYTHON" benchmarks/speedrun.py --text "$TEXT" --device cuda --rounds 1 --ours 3 --theirs "${THEIRS:-1}" \
     --out "$OUT/speedrun"
 rm -rf "$OUT/unused"
 "$PYTHON" - "$OUT" <<'PYTHON'

@@ -65,20 +65,22 @@ def main() -> None:
     parser.add_argument("--device", choices=list(RECIPES), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ours", type=int, default=1, help="runs of ours in each round")
+    parser.add_argument("--theirs", type=int, default=1, help="runs of theirs in each round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {"scratchlm": [], "nanogpt-recipe": []}
     seeds = {"scratchlm": 0, "nanogpt-recipe": 0}
     for _ in range(given.rounds):
-        for name, run in [*[("scratchlm", ours)] * given.ours, ("nanogpt-recipe", theirs)]:
+        for name, run in [*[("scratchlm", ours)] * given.ours, *[("nanogpt-recipe", theirs)] * given.theirs]:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 result = run(given.text.resolve(), given.device, given.threads, seeds[name], Path(folder))
                 found[name].append({"seed": seeds[name], **result, "seconds": time.perf_counter() - start})
             seeds[name] += 1
             print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    ran = {name: runs for name, runs in found.items() if runs}
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in ran.items()}
     summary: dict[str, Any] = {
         "benchmark": "speedrun",
         "command": "python benchmarks/speedrun.py " + " ".join(sys.argv[1:]),
@@ -86,8 +88,8 @@ def main() -> None:
         "threads": given.threads,
         "runs": found,
         "seconds": seconds,
-        "loss": {name: max(run["loss"] for run in runs) for name, runs in found.items()},
-        "times_as_fast": seconds["nanogpt-recipe"] / seconds["scratchlm"],
+        "loss": {name: max(run["loss"] for run in runs) for name, runs in ran.items()},
+        "times_as_fast": seconds["nanogpt-recipe"] / seconds["scratchlm"] if len(seconds) == 2 else None,
     }
     if given.out is not None:
         write_json(given.out / f"{RECIPES[given.device].stem}.json", summary)

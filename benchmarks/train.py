@@ -63,7 +63,8 @@ OURS, CEILING = "scratchlm", "ceiling"
 CONTENDERS = {
     OURS: "our trainer with its defaults",
     "scratchlm-bf16": "the same, train.weights = bf16",
-    "scratchlm-eager": "the same as the first, train.compile = off",
+    "scratchlm-graph": "the same as that, train.cuda_graph = true",
+    "scratchlm-eager": "the first with train.compile = off",
     "transformers-eager": "LlamaForCausalLM in bf16, torch's AdamW: what users run",
     "transformers-compiled": "the same under torch.compile, fused AdamW",
     "transformers-autocast": "fp32 weights, autocast, torch.compile, fused AdamW",
@@ -168,13 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all of the device")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None, help="default: all that the device runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="per turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before measuring")
     parser.add_argument("--out", type=Path, help="folder for results-<shape>.json")
     options = parser.parse_args()
+    if options.contenders is None:
+        options.contenders = [name for name in CONTENDERS if name != "scratchlm-graph" or options.device == "cuda"]
     shapes = options.shapes or [name for name, shape in SHAPES.items() if shape.device == options.device]
     if strange := [name for name in shapes if SHAPES[name].device != options.device]:
         parser.error(f"{strange[0]} is a shape for {SHAPES[strange[0]].device}, not for {options.device}")

@@ -331,7 +331,8 @@ def main() -> None:
     if name == CEILING:
         ceiling(shape.device)
     elif name.startswith("scratchlm"):
-        options = {"eager": {"compile": "off"}, "bf16": {"precision": "bf16", "weights": "bf16"}}
+        bf16 = {"precision": "bf16", "weights": "bf16"}
+        options = {"eager": {"compile": "off"}, "bf16": bf16, "graph": {**bf16, "cuda_graph": True}}
         scratchlm(shape, **options.get(name.partition("-")[2], {}))
     elif name.startswith("transformers"):
         transformers(shape, name.partition("-")[2])
