@@ -133,9 +133,10 @@ def training(
 
     from scratchlm.data.loader import Batch
     from scratchlm.model import Transformer
-    from scratchlm.optim import build_optimizers, clip_grad_norm
+    from scratchlm.optim import build_optimizers
     from scratchlm.resources.step import CPU
     from scratchlm.train.loss import NextTokenLoss, loss_options
+    from scratchlm.train.update import Update
     from scratchlm.train.working_copy import Computing
 
     device = device or CPU
@@ -150,20 +151,20 @@ def training(
     if given["compile"]:
         loss.compile()
     optimizers = build_optimizers(model, optim)
+    update = Update(optimizers, computing, 1.0)
     ids = torch.randint(config.vocab_size, (given["rows"], config.context_length), device=device)
 
     def step() -> None:
-        optimizers.zero_grad()
+        update.zero_grad()
         for _ in range(train.accumulation):
             with computing.context():
                 objective = loss(Batch(ids, ids.roll(-1, 1)))
             watch("forward")
             (objective / (ids.numel() * train.accumulation)).backward()
-            computing.collect()
+            update.collect(alone=train.accumulation == 1)
             watch("backward")
-        clip_grad_norm(list(model.parameters()), 1.0)
-        optimizers.step()
-        computing.refresh()
+        update.clip()
+        update.apply()
         watch("optimizer")
         loss.after_step()
 

@@ -270,7 +270,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         RMSNorm         one kernel keeps its input and a number per row, as layer norm does on both; compiled, a chain is what is fused
         dropout         keeps a mask of bytes, not factors in the input's dtype
         shared keys     in fp32 repeated for every head
-        Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively
+        Newton–Schulz   in bf16, which every GPU since 2020 multiplies natively; matrices of one shape gathered in copies
         Adam, AdamW     one kernel that reads bf16 gradients as they are
         SwiGLU          one kernel, one for its gradient: keeps gate‖up alone
         RoPE            one kernel turns queries and keys and copies the values: keeps cos and sin, not the projection; eager also behind norms
@@ -290,6 +290,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         changes.enter_context(_replaced(cross_entropy, "multiplies_wide", lambda device: True))
         changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
+        changes.enter_context(_replaced(newton_schulz, "in_batches", lambda _: True))
         changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
         changes.enter_context(

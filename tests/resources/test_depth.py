@@ -143,11 +143,22 @@ def test_weights_in_bf16_whose_gradients_are_collected_one_by_one(compiled: bool
     assert check(SMALL, train=TrainConfig(weights="bf16"), precision="bf16", compiled=compiled)
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("predictions", [0, 2])
 @pytest.mark.parametrize("optimizer", ["sgd", "lion", "adafactor", "muon"])
-def test_optimizers_that_go_over_the_layers_again_and_again(optimizer: str, predictions: int) -> None:
+def test_optimizers_that_go_over_the_layers_again_and_again(
+    optimizer: str, predictions: int, device_type: str
+) -> None:
     config = SMALL.model_copy(update={"mtp_depth": predictions})
-    assert check(config, OptimConfig(optimizer=optimizer))
+    assert check(config, OptimConfig(optimizer=optimizer), device_type=device_type)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adam_on_a_gpu_goes_over_all_layers_at_once(precision: str, weights: str, compiled: bool) -> None:
+    train = TrainConfig(weights=weights)  # type: ignore[arg-type]
+    assert check(SMALL, train=train, precision=precision, compiled=compiled, device_type="cuda")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lion"])
