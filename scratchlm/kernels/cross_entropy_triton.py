@@ -8,8 +8,7 @@ One program per row. It reads the row twice and writes it once, and there is no 
     row 0        ├─────────────┼─────────────┼─────────┤       1st reading   m, the largest logit so far, and Σ exp(logit − m),
     row 1        ├─────────────┼─────────────┼─────────┤                     which shrinks by exp(m − m') when m grows to m'
     …               program i: row i, from left to right       then          the row's loss
-                    and back again: what was read last             2nd reading   ((1 + 2 z Z) p − onehot) · scale, written in place
-                    is the likeliest to be in the cache still
+                                                               2nd reading   ((1 + 2 z Z) p − onehot) · scale, written in place
 
 Arithmetic is in fp32 whatever the logits' dtype, with exp(logit − m) as the formula has it: a product with log₂ e before the
 difference would cost large logits their digits. Nothing is tuned by
@@ -34,7 +33,8 @@ BLOCK = 4096
 """Logits at a time; fewer where the vocabulary is smaller."""
 WARPS = 8
 """Of a whole block: 16 logits per thread. Measured on an H200, 8,192 rows of 50,304 in bf16: 0.64 ms; with (4096, 16) 0.78, (8192, 16) 0.72, (8192, 32)
-0.90, (16384, 32) 0.83, (2048, 8) 0.73; what torch.compile makes of the formula 1.04."""
+0.90, (16384, 32) 0.83, (2048, 8) 0.73; what torch.compile makes of the formula 1.04. Reading from right to left the second time: 0.67. One to eight programs
+per multiprocessor that go over the rows: 0.86 to 3.1 for 10,672 rows, where one per row takes 0.82. The whole row held in registers: 6 to 8."""
 
 
 @triton.jit
@@ -83,9 +83,7 @@ def _loss_and_gradient(
     if WRITES:
         tl.debug_barrier()  # all threads have read `chosen`
         share = (1.0 + 2.0 * z_loss * normaliser) * scale / total
-        blocks = tl.cdiv(vocab, BLOCK)
-        for block in range(blocks):
-            start = (blocks - 1 - block) * BLOCK
+        for start in range(0, vocab, BLOCK):
             inside = start + column < vocab
             products = tl.load(products_at + start + column, mask=inside, other=0.0, eviction_policy="evict_first")
             logits, bent = logits_of(products, scale, cap, CAPPED)
