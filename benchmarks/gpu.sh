@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one call of less than nine minutes (an H200 with 16 cores: 136 s for the first three parts, 60 for attention, 150 for big-train, at most
+# What needs a GPU, in one call of less than nine minutes (added up from parts, on an H200 with 16 cores: 200 s for the first three, 60 for attention, 150 for big-train, at most
 # 70 and 80 for grid and time), or the parts that are named; two more only when they are:
 #
 #     OUT=folder benchmarks/gpu.sh                                              tests memory train attention big-train grid time
@@ -50,7 +50,7 @@ train() { # name, arguments …: waits for a line before it measures
     rm -f "$OUT/$name.go" "$OUT/$name.log"
     mkfifo "$OUT/$name.go"
     exec {go}<>"$OUT/$name.go" # held open here: a line for a process that has died must not be waited for
-    (step "$name" 180 "$PYTHON" benchmarks/train.py --device cuda --hold --out "$OUT/$name" "$@" <"$OUT/$name.go") &
+    (step "$name" 300 "$PYTHON" benchmarks/train.py --device cuda --hold --out "$OUT/$name" "$@" <"$OUT/$name.go") &
     names+=("$name")
     pids+=($!)
     goes+=("$go")
@@ -88,7 +88,7 @@ wanted train && {
 }
 wanted memory && beside memory 170 "$PYTHON" benchmarks/resources_cuda.py --what memory --eager --budget 140 --out "$OUT/resources"
 wanted tests && {
-    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 3")
+    parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) / 3 + 1))")
     # shellcheck disable=SC2086
     beside tests 170 "$PYTHON" -m pytest -v $parallel -m "not slow" -k "not int32" -p no:cacheprovider tests/kernels/test_cross_entropy_triton.py \
         tests/kernels/test_flash_attention_triton.py tests/kernels/test_fp8_matmul.py tests/kernels/test_swiglu.py tests/kernels/test_rotary.py \

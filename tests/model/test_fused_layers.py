@@ -139,8 +139,9 @@ def test_loss_and_gradients(
     assert_near(found, right, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "blocks"])
+@pytest.mark.parametrize(
+    ("checkpointing", "documents"), [("none", False), ("none", True), ("selective", True), ("blocks", False)]
+)
 def test_compiled_and_checkpointed(
     checkpointing: str, documents: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,8 +163,9 @@ NORMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("fields", NORMED.values(), ids=list(NORMED))
+@pytest.mark.parametrize(
+    ("fields", "documents"), zip(NORMED.values(), [False, True, True, False], strict=True), ids=list(NORMED)
+)
 def test_queries_and_keys_that_are_there_already_are_turned_where_nothing_is_compiled(
     fields: dict[str, Any], documents: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

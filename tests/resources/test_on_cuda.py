@@ -71,7 +71,10 @@ def test_the_loss_by_hand(compiled: bool) -> None:
     step = traced(model={"vocab_size": vocab, "context_length": 1024}, micro_batch=8, compiled=compiled)
     moment, _ = step.memory.peak()
     operation = step.memory.operations[moment]
-    assert (operation.name, operation.phase) == ("sum", "forward")  # a second block's losses, beside the gradient of the first
+    assert (operation.name, operation.phase) == (
+        "sum",
+        "forward",
+    )  # a second block's losses, beside the gradient of the first
     alive = [s for s in step.memory.storages if s.lives_at(moment) and s.module == "" and s.phase == "forward"]
     x = d_x = 2 * tokens * d
     weight, d_weight, logits = 2 * vocab * d, 4 * vocab * d, 2 * rows * vocab

@@ -16,7 +16,7 @@ from test_loop import MODEL, LossThat, lines, trainer
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from scratchlm.kernels import adam, adam_triton
+from scratchlm.kernels import adam, adam_triton, cross_entropy, rotary, swiglu
 from scratchlm.model import Transformer
 from scratchlm.optim import Adam
 from scratchlm.train.loop import Trainer
@@ -28,8 +28,12 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.p
 
 
 @pytest.fixture(autouse=True)
-def one_pass(interpreted: list[warnings.WarningMessage]) -> None:
-    """Triton's kernels run on whatever device."""
+def one_pass(interpreted: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run on whatever device; interpreted, only those that this is about."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(swiglu, "fits", lambda gate_up: False)
+        monkeypatch.setattr(rotary, "fits", lambda projected: False)
+        monkeypatch.setattr(cross_entropy, "runs_on", lambda device, otherwise: False)
 
 
 def run_of(folder: Path, *, in_one_pass: bool, spoilt: set[int] | None = None, **options: Any) -> Trainer:
