@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels.functions import soft_cap
-from scratchlm.kernels.triton_here import runs_on
+from scratchlm.kernels.triton_here import DTYPES, runs_on
 
 IN_TORCH = "the loss and the logits' gradient are computed by torch's kernels"
 IGNORE_INDEX = -100
@@ -122,7 +122,7 @@ def _kernel_for(
     device: torch.device, dtype: torch.dtype, compiled: bool, wants_gradient: bool
 ) -> Callable[[Tensor, Tensor, HeadOptions], tuple[Tensor, Tensor, Tensor]]:
     """What computes a block's loss and gradient: Triton where it runs, whether or not the rest is compiled."""
-    known = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    known = dtype in DTYPES
     if known and runs_on(device, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
 
@@ -151,14 +151,18 @@ def blocks_of(tokens: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def multiplies_wide(device: torch.device) -> bool:
-    """Whether products of bf16 come in fp32, and are added up there, within their kernels."""
-    return device.type == "cuda"
+def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of bf16 (`dtype`) come in fp32, and are added up there, within their kernels."""
+    if device.type != "cuda":
+        return False
+    from scratchlm.kernels.wide_product import works
+
+    return works(device, dtype)
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a b in `wide`, added to `total`, if there is one, in its place."""
-    if a.dtype != wide == torch.float32 and multiplies_wide(a.device):
+    if a.dtype != wide == torch.float32 and multiplies_wide(a.device, a.dtype):
         from scratchlm.kernels.wide_product import product_
 
         result = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if total is None else total
@@ -172,7 +176,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype)
 
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """x times a scalar, in `dtype`."""
-    known = {x.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}
+    known = x.dtype in DTYPES and dtype in DTYPES
     if known and x.is_contiguous() and runs_on(x.device, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import scaled
 

@@ -136,7 +136,7 @@ def loss_and_gradient(
 
 
 @triton.jit
-def _scaled(from_at, by_at, to_at, numbers, BLOCK: tl.constexpr):
+def _times(from_at, by_at, to_at, numbers, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < numbers
     product = tl.load(from_at + place, mask=inside).to(tl.float32) * tl.load(by_at).to(tl.float32)
@@ -154,5 +154,5 @@ def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     found = torch.empty_like(x, dtype=dtype)
     if x.numel():
         with torch.cuda.device_of(x):
-            _scaled[(triton.cdiv(x.numel(), BLOCK),)](x, by, found, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+            _times[(triton.cdiv(x.numel(), BLOCK),)](x, by, found, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return found

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from scratchlm.kernels import triton_here
 
+IN_TORCH = "queries and keys are rotated by torch's kernels"
+
 
 def fits(projected: Tensor) -> bool:
     """Whether :func:`turn_heads` is the way: one dimension of rows, in half or single precision, where Triton's kernels run."""
     return (
         triton_here.takes(projected.device)
-        and projected.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and projected.dtype in triton_here.DTYPES
         and projected.ndim == 3
+        and (torch.compiler.is_compiling() or triton_here.runs_on(projected.device, IN_TORCH))
     )
 
 
@@ -55,10 +58,11 @@ def fits_heads(x: Tensor) -> bool:
     """Whether :func:`turn` is the way: heads that are there already, where a gradient is wanted and no compiler makes one loop of norm and rotation."""
     return (
         triton_here.takes(x.device)
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and x.dtype in triton_here.DTYPES
         and x.ndim == 4
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and triton_here.runs_on(x.device, IN_TORCH)
     )
 
 

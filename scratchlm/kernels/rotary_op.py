@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scratchlm.kernels.triton_here import runs_on
-
-IN_TORCH = "queries and keys are rotated by torch's kernels"
+from scratchlm.kernels.rotary import IN_TORCH
+from scratchlm.kernels.triton_here import DTYPES, runs_on
 
 
 def _in_triton(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and runs_on(x.device, IN_TORCH)
+    return x.dtype in DTYPES and runs_on(x.device, IN_TORCH)
 
 
 def heads_inside(x: Tensor, batch: int, length: int, heads: int, width: int) -> Tensor:

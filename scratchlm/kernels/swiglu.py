@@ -12,6 +12,8 @@ from torch import Tensor
 
 from scratchlm.kernels import triton_here
 
+IN_TORCH = "SwiGLU and its gradient are computed by torch's kernels"
+
 
 def fits(gate_up: Tensor) -> bool:
     """Whether :func:`swiglu` is the way: half or single precision where Triton's kernels run, and a gradient is wanted.
@@ -21,8 +23,9 @@ def fits(gate_up: Tensor) -> bool:
     """
     return (
         triton_here.takes(gate_up.device)
-        and gate_up.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and gate_up.dtype in triton_here.DTYPES
         and torch.is_grad_enabled()
+        and (torch.compiler.is_compiling() or triton_here.runs_on(gate_up.device, IN_TORCH))
     )
 
 

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scratchlm.kernels.triton_here import runs_on
-
-IN_TORCH = "SwiGLU and its gradient are computed by torch's kernels"
+from scratchlm.kernels.swiglu import IN_TORCH
+from scratchlm.kernels.triton_here import DTYPES, runs_on
 
 
 def _in_triton(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and runs_on(x.device, IN_TORCH)
+    return x.dtype in DTYPES and runs_on(x.device, IN_TORCH)
 
 
 @torch.library.custom_op("scratchlm::swiglu", mutates_args=())

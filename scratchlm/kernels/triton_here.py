@@ -12,6 +12,10 @@ INTERPRETED = False
 """Whether Triton's kernels take tensors on the CPU, which its interpreter can (TRITON_INTERPRET=1), slowly: for tests."""
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What Triton's kernels here read and write; they compute in fp32."""
+
+
 def takes(device: torch.device) -> bool:
     """Whether tensors there go to Triton's kernels if these run at all: without finding out whether they do."""
     return device.type == "cuda" or INTERPRETED

@@ -6,6 +6,8 @@ and its counter of FLOPs stumbles over it (:data:`scratchlm.resources.trace.FLOP
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -49,6 +51,20 @@ def _on_cuda(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 _library.impl("product_", _in_torch, "CompositeExplicitAutograd")
 _library.impl("product_", _on_cuda, "CUDA")
+
+
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has such a product of this dtype there, found by asking for a small one: not every version, library and maker has it."""
+    if device.type != "cuda":
+        return False
+    try:
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        total = torch.ones(16, 16, device=device)
+        _on_cuda(total, ones, ones, add=True)
+        return bool((total == 17).all())
+    except (RuntimeError, TypeError):
+        return False
 
 
 @torch.library.register_fake("scratchlm::product_")

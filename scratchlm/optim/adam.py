@@ -105,6 +105,10 @@ class Adam(GroupedOptimizer):
         if implementation == "fused" and adam.fits([*parameters, *moments]):
             self._one_pass(parameters, group)
             return
+        if self.one_pass.copies or self.one_pass.factor is not None:
+            raise RuntimeError(
+                "a step in one pass was promised, but parameters or moments are not what its kernel takes"
+            )
         if implementation == "fused":
             flat = [p for p in parameters if is_flat(p, *(self.state[p][key] for key in ("exp_avg", "exp_avg_sq")))]
             if flat:

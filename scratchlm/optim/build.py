@@ -98,7 +98,10 @@ class Optimizers:
         """
         for optimizer in self.optimizers.values():
             optimizer.skip, optimizer.one_pass = skip, one_pass or OnePass()
-            optimizer.step()
+            try:
+                optimizer.step()
+            finally:  # a step by itself is a plain one
+                optimizer.skip, optimizer.one_pass = None, OnePass()
         if self.average is not None:
             self.average.update(skip)
 

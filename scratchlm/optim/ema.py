@@ -82,8 +82,9 @@ class WeightAverage:
         self._skipped = skip.double() + (0 if self._skipped is None else self._skipped)
         t = (self._updates - self._skipped).clamp(min=1)
         weight = (1 - skip) * (1 - self.decay) / (1 - torch.exp(t * math.log(self.decay)))
+        weights = {dtype: weight.to(dtype) for dtype in {average.dtype for average in self.averages.values()}}
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
-            average.lerp_(parameter, weight.to(average.dtype))
+            average.lerp_(parameter, weights[average.dtype])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -91,6 +92,9 @@ class WeightAverage:
 
         The two change places tensor by tensor, so that no third copy of the model is needed. Do not train inside.
         """
+        if not self.updates:  # all of them were skipped, or there was none
+            yield
+            return
         self._exchange()
         try:
             yield

@@ -150,18 +150,21 @@ class Muon(GroupedOptimizer):
         updates: Any = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         parts = [m for p in parameters for m in matrices_of(p, p)]
         changes = [m for p, update in zip(parameters, updates, strict=True) for m in matrices_of(p, update)]
-        # On a GPU all of one factor in one launch, which takes one dtype.
-        wanted = parts[0].dtype if parts and newton_schulz.in_batches(parts[0].device) else None
-        turned = orthogonalise(changes, self.dtype, result_dtype=wanted)
-        if self.skip is not None:
-            torch._foreach_mul_(turned, (1 - self.skip).to(turned[0].dtype))
-        if wanted is None:
+        if not newton_schulz.in_batches(parameters[0].device):
+            turned = orthogonalise(changes, self.dtype)
+            if self.skip is not None:
+                torch._foreach_mul_(turned, (1 - self.skip).to(turned[0].dtype))
             for part, change in zip(parts, turned, strict=True):
                 part.add_(change, alpha=-lr * _factor(part))
             return
-        for factor in dict.fromkeys(map(_factor, parts)):
-            some = [n for n, part in enumerate(parts) if _factor(part) == factor]
-            torch._foreach_add_([parts[n] for n in some], [turned[n] for n in some], alpha=-lr * factor)
+        for indices, found in newton_schulz.orthogonalised(changes, self.dtype):
+            # One launch for those of one factor, which takes one dtype.
+            for factor in dict.fromkeys(_factor(parts[index]) for index in indices):
+                alike = [n for n, index in enumerate(indices) if _factor(parts[index]) == factor]
+                own = torch.stack([found[n] for n in alike]).to(parts[0].dtype)
+                if self.skip is not None:
+                    own *= 1 - self.skip
+                torch._foreach_add_([parts[indices[n]] for n in alike], own.unbind(), alpha=-lr * factor)
 
 
 def _factor(matrix: Tensor) -> float:

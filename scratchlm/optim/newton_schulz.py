@@ -12,6 +12,8 @@ direction.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -107,7 +109,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
 
 def in_batches(device: torch.device) -> bool:
     """Whether a launch costs enough for matrices to be gathered in copies first."""
-    return device.type != "cpu"
+    return device.type == "cuda"
 
 
 def _normalised(matrices: list[Tensor], wide: int, dtype: torch.dtype) -> Tensor:
@@ -137,30 +139,13 @@ def _normalised(matrices: list[Tensor], wide: int, dtype: torch.dtype) -> Tensor
 
 
 @torch.no_grad()
-def orthogonalise(
-    matrices: list[Tensor],
-    dtype: torch.dtype | None = None,
-    steps: int = STEPS,
-    *,
-    result_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Orthogonalise many matrices at once: those of equal shape (up to transposition) share one batched iteration.
-
-    All is done for a batch at a time, since on a GPU a small model's matrices take less time than launching something for each.
-
-    Args:
-        matrices: each (rows, columns), floating, all on one device.
-        dtype: dtype of the iteration; None: :func:`fast_dtype`.
-        steps: how often the quintic is applied.
-        result_dtype: of the results, then each in one piece; None: that of the iteration.
-
-    Returns:
-        One tensor for each, in its shape and order (views of the batches).
-    """
+def orthogonalised(
+    matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """As :func:`orthogonalise`, one batch after the other: which matrices are in it, and what became of them."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(index)
-    results: list[Tensor] = list(matrices)
     for (rows, _), indices in by_shape.items():
         if rows == 0:
             continue
@@ -170,11 +155,24 @@ def orthogonalise(
         some = [matrices[index] if lies else matrices[index].mT for index, lies in zip(indices, wide, strict=True)]
         chosen = dtype if dtype is not None else fast_dtype(some[0].device.type)
         found = newton_schulz_fast(_normalised(some, sum(wide), chosen), steps)
-        if result_dtype is None:
-            upright = [slot if lies else slot.mT for slot, lies in zip(found.unbind(), wide, strict=True)]
-        else:
-            turned = found[sum(wide) :].to(result_dtype).mT.contiguous()
-            upright = [*found[: sum(wide)].to(result_dtype).unbind(), *turned.unbind()]
-        for index, result in zip(indices, upright, strict=True):
+        yield indices, [slot if lies else slot.mT for slot, lies in zip(found.unbind(), wide, strict=True)]
+
+
+def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS) -> list[Tensor]:
+    """Orthogonalise many matrices at once: those of equal shape (up to transposition) share one batched iteration.
+
+    On a GPU all is done for a batch at a time, since a small model's matrices take less time than launching something for each.
+
+    Args:
+        matrices: each (rows, columns), floating, all on one device.
+        dtype: dtype of the iteration; None: :func:`fast_dtype`.
+        steps: how often the quintic is applied.
+
+    Returns:
+        One tensor for each, in its shape and order and in the dtype of the iteration (views of the batches).
+    """
+    results = list(matrices)
+    for indices, found in orthogonalised(matrices, dtype, steps):
+        for index, result in zip(indices, found, strict=True):
             results[index] = result
     return results

@@ -231,7 +231,9 @@ def profile(
             speed = _free_running(trainer, steps, clock)
         seen, traced_modules = _trace(trainer, loss, temporary / "trace.json.gz", device)
         averages = seen.key_averages()
-        standing = memory.standing_bytes(model, trainer.optimizers, loss.model)
+        alone = trainer.parts == 1  # then no gradient is widened to be added to
+        own = trainer.update.with_gradients() if alone else None
+        standing = memory.standing_bytes(model, trainer.optimizers, loss.model, own)
         if device.type == "cuda":
             path = temporary / "memory-snapshot.pickle"
             timeline = memory.on_cuda(trainer.step, waiting.observers, standing, _MEMORY_STEPS, path, device)

@@ -124,14 +124,22 @@ def thin(curve: Curve, most: int = _MOST_POINTS) -> Curve:
     return [max(curve[at : at + step], key=lambda point: point[1]) for at in range(0, len(curve), step)]
 
 
-def standing_bytes(model: nn.Module, optimizers: Optimizers, computing: nn.Module | None = None) -> dict[str, int]:
+def standing_bytes(
+    model: nn.Module,
+    optimizers: Optimizers,
+    computing: nn.Module | None = None,
+    with_gradients: Iterable[torch.Tensor] | None = None,
+) -> dict[str, int]:
     """What stays from step to step, each tensor once: ``parameters``, ``gradients``, ``optimizer``, ``buffers``.
 
     Args:
         model: what is trained.
         optimizers: its.
         computing: the copy of it that computes, if there is one: its parameters are among the parameters.
+        with_gradients: those that have the gradients; None: the model's parameters that are trained.
     """
+    if with_gradients is None:
+        with_gradients = (p for p in model.parameters() if p.requires_grad)
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
@@ -139,7 +147,7 @@ def standing_bytes(model: nn.Module, optimizers: Optimizers, computing: nn.Modul
     state = [t for t in optimizers.named_state().values() if t.ndim]
     return {
         "parameters": size([*model.parameters(), *(computing or model).parameters()]),
-        "gradients": size(p for p in model.parameters() if p.requires_grad),
+        "gradients": size(with_gradients),
         "optimizer": size(state),
         "buffers": size(model.buffers()),
     }

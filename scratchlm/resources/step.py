@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
-from scratchlm.kernels import adam, attention, cross_entropy, rotary, swiglu
+from scratchlm.kernels import adam, attention, cross_entropy, rotary, swiglu, triton_here
 from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
@@ -287,7 +287,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
 
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place))
-        changes.enter_context(_replaced(cross_entropy, "multiplies_wide", lambda device: True))
+        changes.enter_context(_replaced(cross_entropy, "multiplies_wide", lambda device, dtype: True))
         changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
         changes.enter_context(_replaced(newton_schulz, "in_batches", lambda _: True))
@@ -306,7 +306,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
 
 def _in_kernels(x: Tensor) -> bool:
     """Whether Triton's kernels would take such a tensor on CUDA."""
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return x.dtype in triton_here.DTYPES
 
 
 def _in_place(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def product_shape(operation: Operation) -> tuple[int, int, int] | None:
     """(m, n, k) of a product of matrices, batches taken as more rows; None: it is none."""
     matrices = [shape for shape in operation.shapes if len(shape) >= 2]
     if (
-        operation.name in ("mm", "addmm", "bmm", "baddbmm", "grouped_product", "grouped_outer")
+        operation.name in ("mm", "addmm", "bmm", "baddbmm", "product_", "grouped_product", "grouped_outer")
         and len(matrices) >= 2
     ):
         first, second = matrices[-2:]

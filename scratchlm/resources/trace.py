@@ -229,7 +229,7 @@ class Tracer(TorchDispatchMode):
         for tensor in made:
             if tensor.untyped_storage()._cdata not in old:
                 self._note(tensor, known.name)
-        results = made or (given if known.in_place else [])
+        results = made or tensors_in([args[place] for place in known.written if place < len(args)], {})
         numbers = tuple(dict.fromkeys(self._note(t, "").number for t in given))
         self.trace.operations.append(
             Operation(
@@ -240,7 +240,7 @@ class Tracer(TorchDispatchMode):
                 0 if known.touches_nothing else sum(_bytes(t) for t in given),
                 0 if known.touches_nothing else sum(_bytes(t) for t in results),
                 tuple(tuple(t.shape) for t in given),
-                results[0].dtype if results else torch.float32,
+                (given[-1] if known.widens else results[0]).dtype if results else torch.float32,
                 numbers,
                 tuple(dict.fromkeys(self._note(t, known.name).number for t in results)),
             )
@@ -254,7 +254,8 @@ class _Known:
 
     name: str
     is_view: bool
-    in_place: bool
+    written: tuple[int, ...]  # arguments that are changed
+    widens: bool
     touches_nothing: bool
     count: Callable[..., int] | None
 
@@ -265,7 +266,12 @@ def _known(func: Any) -> _Known:
     return _Known(
         name,
         is_view=func.is_view or name in _VIEWS or func.namespace == "prim",
-        in_place=func._schema.is_mutable,
+        written=tuple(
+            place
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ),
+        widens=name in _WIDENING,
         touches_nothing=name in _UNTOUCHED,
         count=_COUNTS.get(func._overloadpacket),
     )
@@ -273,6 +279,9 @@ def _known(func: Any) -> _Known:
 
 _VIEWS = {"_unsafe_view"}
 """Views that torch does not call so: their argument is given up."""
+
+_WIDENING = {"product_"}
+"""Products whose result is of a wider dtype than what is multiplied, which is what takes the time."""
 
 _UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """They make memory and touch none of it."""

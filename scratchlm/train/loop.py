@@ -93,7 +93,7 @@ class Trainer:
     _parts: int | None = None  # micro-batches per step, as they were fitted
     _live: Live = field(default_factory=Live)
     _computing: Computing = field(init=False)
-    _update: Update = field(init=False)
+    update: Update = field(init=False)
     _graph: StepGraph | None = None
     _told_of_parts: bool = False
     _ahead: bool = False  # a step that is not finite is left out on the device: the host need not wait for it
@@ -159,7 +159,7 @@ class Trainer:
             )
         if config.cuda_graph and self._on_gpu:
             alone = functools.partial(self._one, alone=True)
-            self._graph = StepGraph(alone, self.loss, self._update.with_gradients(), self.device)
+            self._graph = StepGraph(alone, self.loss, self.update.with_gradients(), self.device)
         elif config.cuda_graph:
             self.say(f"train.cuda_graph is for GPUs: {self.device.type} goes on without")
         if config.parts is None:
@@ -173,7 +173,7 @@ class Trainer:
         """
         self.state.precision, self.state.compile = precision, compile
         self._computing = Computing(self.model, precision, self.config.weights, self.device)
-        self._update = Update(self.optimizers, self._computing, self.optim.grad_clip)
+        self.update = Update(self.optimizers, self._computing, self.optim.grad_clip)
         if self._computing.copy is not None:
             self.loss.use(self._computing.model)
         if self.config.fp8:
@@ -227,7 +227,7 @@ class Trainer:
 
     def _forget_step(self) -> None:
         """Gradients and sums of a step that does not count."""
-        self._update.zero_grad()
+        self.update.zero_grad()
         if self._graph is not None:
             self._graph.forget()
         self.loss.after_step(updated=False)
@@ -303,7 +303,7 @@ class Trainer:
         batch = self.loader.next_batch()
         self.optimizers.set_lr(lr_multiplier(self.state.step, self.config.steps, self.optim))
         total, tokens = self._backward(batch)
-        norm = self._update.clip()
+        norm = self.update.clip()
         if (extra := self.loss.extra()) is not None:
             total = total - extra
         outcome = Outcome(self.state.step + 1, total, norm, tokens)
@@ -313,7 +313,7 @@ class Trainer:
         updates = self._ahead or outcome.is_finite()
         self.loss.after_step(updates)
         if updates:
-            self._update.apply(skip=outcome.failed() if self._ahead else None)  # 6
+            self.update.apply(skip=outcome.failed() if self._ahead else None)  # 6
         return outcome
 
     def _note(self, outcome: Outcome, bar: Any) -> float:
@@ -401,7 +401,7 @@ class Trainer:
 
         Each part is divided by all of the step's tokens, so that accumulation equals the big batch exactly.
         """
-        self._update.zero_grad()  # 2
+        self.update.zero_grad()  # 2
         if self._graph is not None and len(micro_batches) == 1:
             return self._graph(micro_batches[0].to(self.device), tokens)
         if self._graph is not None and not self._told_of_parts:
@@ -426,7 +426,7 @@ class Trainer:
             loss = self.loss(batch.to(self.device))  # 1, 3, 4: batch to device, forward, loss
         self._begins("backward")
         (loss / tokens).backward()  # 5
-        self._update.collect(alone=alone)
+        self.update.collect(alone=alone)
         return loss.detach()
 
     def _begins(self, phase: str) -> None:

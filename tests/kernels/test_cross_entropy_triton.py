@@ -277,7 +277,7 @@ def test_gradients_are_scaled_by_it_and_products_added_in_fp32(monkeypatch: pyte
     scaled: list[torch.dtype] = []
     scale = kernels.scaled
     monkeypatch.setattr(kernels, "scaled", lambda x, by, dtype: (scaled.append(dtype), scale(x, by, dtype))[1])
-    monkeypatch.setattr(loss, "multiplies_wide", lambda device: True)
+    monkeypatch.setattr(loss, "multiplies_wide", lambda device, dtype: True)
     total = torch.ones(2, 3, device=DEVICE)
     a, b = torch.full((2, 1), 2**-9, device=DEVICE), torch.ones(1, 3, device=DEVICE)
     for _ in range(4):

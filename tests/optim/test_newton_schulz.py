@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scratchlm.optim import newton_schulz_reference, orthogonalise
+from scratchlm.optim import newton_schulz, newton_schulz_reference, orthogonalise
 
 SHAPES = [(1, 1), (4, 4), (32, 32), (64, 16), (16, 64), (100, 3), (3, 100), (1, 20), (20, 1)]
 
@@ -56,10 +56,15 @@ def test_singular_values_come_near_one_and_directions_stay(
         assert cosine > (0.97 if rows != columns else 0.9)
 
 
+@pytest.mark.parametrize("in_batches", [False, True], ids=["one by one", "as on a GPU"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 9])
-def test_batched_in_float64_is_the_reference(steps: int) -> None:
-    """Any mixture of shapes, on either path (matrix, Gram), in the order given."""
-    mixed = [drawn(*shape, seed=i) for i, shape in enumerate([*SHAPES, (16, 64), (4, 4), (0, 3), (12, 13)])]
+def test_batched_in_float64_is_the_reference(steps: int, in_batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any mixture of shapes, on either path (matrix, Gram), in the order given; matrices of one shape of different norms."""
+    monkeypatch.setattr(newton_schulz, "in_batches", lambda device: in_batches)
+    mixed = [
+        drawn(*shape, seed=i) for i, shape in enumerate([*SHAPES, (16, 64), (4, 4), (0, 3), (12, 13), (64, 16)])
+    ]
+    mixed = [matrix * 3.0**i for i, matrix in enumerate(mixed)]
     results = orthogonalise(mixed, torch.float64, steps=steps)
     for matrix, result in zip(mixed, results, strict=True):
         assert result.dtype == torch.float64

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from scratchlm.config import OptimConfig
 from scratchlm.kernels import adam, adam_triton, triton_here
-from scratchlm.optim import Adam, AdamW, Lion
+from scratchlm.optim import Adam, AdamW, Lion, build_optimizers
 from scratchlm.optim.implementation import OnePass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,6 +151,30 @@ def test_gradients_of_copies_are_scaled_and_copies_follow() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert torch.equal(copies[ours], ours.half())
     assert copies[parameters[0]].grad.equal(gradients[0].half()) and parameters[1].grad.equal(gradients[1])
+
+
+def test_a_step_by_itself_is_a_plain_one_again() -> None:
+    model = nn.Linear(3, 2, bias=False).to(DEVICE)
+    optimizers = build_optimizers(model, OptimConfig(lr=0.1, weight_decay=0.0))
+    model.weight.grad = torch.ones(2, 3, device=DEVICE)
+    zero, one = (torch.tensor(value, device=DEVICE) for value in (0.0, 1.0))
+    before = model.weight.detach().clone()
+    optimizers.step(one, OnePass({}, zero))
+    optimizers.step(None, OnePass({}, zero))
+    assert torch.equal(model.weight, before)
+    optimizers.optimizers["adamw"].step()
+    assert not (model.weight == before).any()
+
+
+def test_what_was_promised_and_cannot_be_done_is_said() -> None:
+    (p,) = group = [nn.Parameter(torch.ones(3, device=DEVICE))]
+    optimizer = AdamW(group)
+    p.grad = torch.ones(3, device=DEVICE)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].double()
+    optimizer.one_pass = OnePass({}, torch.tensor(0.5, device=DEVICE))
+    with pytest.raises(RuntimeError, match="one pass was promised"):
+        optimizer.step()
 
 
 def test_who_does_not_take_it() -> None:

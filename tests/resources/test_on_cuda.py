@@ -14,9 +14,11 @@ from scratchlm.kernels import cross_entropy
 from scratchlm.model import ModelConfig
 from scratchlm.optim import newton_schulz
 from scratchlm.resources import step as steps
+from scratchlm.resources.devices import find
 from scratchlm.resources.estimate import estimate
 from scratchlm.resources.plan import plan_of
 from scratchlm.resources.step import Step, Traceable, as_run_on, trace_step
+from scratchlm.resources.timing import Datasheet, Machine, product_shape
 
 SMALL: dict[str, Any] = {"vocab_size": 500, "context_length": 128, "d_model": 64, "layers": 2, "heads": 4}
 
@@ -190,3 +192,31 @@ def test_deep_models_are_traced_from_shallow_ones_as_well() -> None:
     assert config.attention_kernel == "sdpa" and four.device_type == "cuda"
     half = trace_step(config, given.optim, given.train, device_type="cuda", precision="bf16", micro_batch=4)
     assert found.bytes_per_sequence == (found.memory.peak - half.memory.peak()[1]) / 4
+
+
+@pytest.mark.parametrize("machine", [Datasheet(find("h100"))], ids=lambda machine: machine.name)
+def test_a_product_in_fp32_of_bf16_takes_the_time_of_one_in_bf16(machine: Machine) -> None:
+    step = traced(model={"vocab_size": 200_000, "context_length": 1024}, micro_batch=8)
+    of_the_loss = [op for op in step.trace.operations if op.phase == "forward" and op.module == ""]
+    wide, narrow = (next(op for op in of_the_loss if op.name == name) for name in ("product_", "mm"))
+    assert wide.flops == narrow.flops and product_shape(wide) == (200_000, 64, 2048)
+    assert machine.of(wide).seconds == pytest.approx(machine.of(narrow).seconds, rel=0.5)
+    assert wide.written == 4 * 200_000 * 64 and wide.read == wide.written + 2 * 2048 * (200_000 + 64)
+
+
+def test_a_second_step_of_one_model_is_as_the_first() -> None:
+    """Gradients that stayed with the bf16 copies would be there already."""
+    model = Traceable(ModelConfig(**SMALL), OptimConfig(), TrainConfig(weights="bf16"), device_type="cuda")
+    first, second = (model.step(precision="bf16", micro_batch=4).memory for _ in range(2))
+    assert first.peak()[1] == second.peak()[1]
+    assert first.timeline() == second.timeline()
+
+
+def test_one_pass_of_adam_reads_and_writes_what_its_kernel_does() -> None:
+    """For a parameter with a gradient and a copy in bf16 14 bytes each way; what is written counts as read, too, as of any operation in place."""
+    step = traced(train=TrainConfig(weights="bf16"))
+    passes = [op for op in step.trace.operations if op.name == "adam_step_"]
+    numbers = sum(step.params.values())
+    counts = 4 * len(step.params)  # of steps, which are one more afterwards
+    assert sum(op.read for op in passes) == 16 * numbers + counts + 4 * len(passes)  # the factor
+    assert sum(op.written for op in passes) == 14 * numbers + counts

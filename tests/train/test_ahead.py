@@ -103,12 +103,19 @@ def test_a_step_of_muon_and_of_the_average_that_is_left_out_changes_nothing() ->
         optimizers.step(None if skip is None else torch.tensor(skip, device=DEVICE))
         return [x.clone() for x in (*model.parameters(), *map(torch.as_tensor, optimizers.named_state().values()))]
 
-    step(math.nan, 1.0)  # the first of all
+    first = step(math.nan, 1.0)  # of all
+    assert optimizers.average is not None and optimizers.average.updates == 0
+    with optimizers.average.swapped():  # there is none yet: the weights themselves
+        assert all(map(torch.equal, first, model.parameters()))
     before = step(0.3, 0.0)
     assert all(x.isfinite().all() for x in before)
     after = step(math.nan, 1.0)
     assert all(map(torch.equal, before, after))
-    assert optimizers.average is not None and optimizers.average.updates == 1
+    assert optimizers.average.updates == 1
+    again = build_optimizers(model, OptimConfig(optimizer="muon", muon_weight_decay=0.1, ema=0.9))
+    again.load_named_state(optimizers.named_state())
+    optimizers.load_named_state(optimizers.named_state())  # the count of what was left out is in it
+    assert again.average is not None and again.average.updates == optimizers.average.updates == 1
 
 
 def test_the_host_reads_a_step_when_the_next_is_launched(

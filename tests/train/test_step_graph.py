@@ -122,8 +122,8 @@ def test_bf16_gradients_are_left_where_the_update_reads_them(
         pytest.skip("TRITON_INTERPRET is not 1")
     train = {"precision": "bf16", "weights": "bf16"}
     recorded = run_of(tmp_path / "recorded", True, train=train)
-    assert recorded._update.in_one_pass and stand_in.recordings == 1
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in recorded._update.with_gradients())
+    assert recorded.update.in_one_pass and stand_in.recordings == 1
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in recorded.update.with_gradients())
     assert all(p.grad is None for p in recorded.model.parameters())
     same(run_of(tmp_path / "plain", False, train=train), recorded)
 

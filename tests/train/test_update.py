@@ -61,7 +61,7 @@ def run_of(folder: Path, *, in_one_pass: bool, spoilt: set[int] | None = None, *
 
 def compare(tmp_path: Path, tolerance: float, **options: Any) -> tuple[Trainer, Trainer]:
     one, several = (run_of(tmp_path / str(way), in_one_pass=way, **options) for way in (True, False))
-    assert one._update.in_one_pass and not several._update.in_one_pass
+    assert one.update.in_one_pass and not several.update.in_one_pass
     for (name, left), right in zip(one.model.named_parameters(), several.model.parameters(), strict=True):
         torch.testing.assert_close(
             left, right, rtol=tolerance, atol=tolerance, msg=lambda said, n=name: f"{n}: {said}"
@@ -139,7 +139,7 @@ def test_where_the_average_of_weights_is_kept(tmp_path: Path) -> None:
 
 def test_muon_beside_adam_goes_in_several(tmp_path: Path) -> None:
     run = run_of(tmp_path, in_one_pass=True, optim={"optimizer": "muon"}, train={"weights": "bf16", "steps": 2})
-    assert not run._update.in_one_pass
+    assert not run.update.in_one_pass
     assert run._computing.copy is not None
     for master, copy in run._computing.copy.pairs().items():
         assert torch.equal(copy, master.bfloat16())
