@@ -165,6 +165,7 @@ class Muon(GroupedOptimizer):
                 if self.skip is not None:
                     own *= 1 - self.skip
                 torch._foreach_add_([parts[indices[n]] for n in alike], own.unbind(), alpha=-lr * factor)
+                del own  # before the next batch
 
 
 def _factor(matrix: Tensor) -> float:

@@ -154,8 +154,11 @@ def orthogonalised(
         wide = [matrices[index].shape[0] == rows for index in indices]
         some = [matrices[index] if lies else matrices[index].mT for index, lies in zip(indices, wide, strict=True)]
         chosen = dtype if dtype is not None else fast_dtype(some[0].device.type)
-        found = newton_schulz_fast(_normalised(some, sum(wide), chosen), steps)
-        yield indices, [slot if lies else slot.mT for slot, lies in zip(found.unbind(), wide, strict=True)]
+        slots = newton_schulz_fast(_normalised(some, sum(wide), chosen), steps).unbind()
+        found = [slot if lies else slot.mT for slot, lies in zip(slots, wide, strict=True)]
+        del slots, some  # what is handed out is not held here while the next batch is made
+        yield indices, found
+        found.clear()
 
 
 def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS) -> list[Tensor]:
