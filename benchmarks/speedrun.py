@@ -48,7 +48,8 @@ def ours(text: Path, device: str, threads: int, seed: int, folder: Path) -> dict
     options = ["--threads", str(threads), "--out", str(folder / "run"), "--data.cache", str(folder / "cache")]
     subprocess.run([*command, *options], check=True, capture_output=True)
     found = [record for record in read_metrics(folder / "run/metrics.jsonl") if record["kind"] == "validation"][-1]
-    bits = found.get("bits_per_byte_ema", found["bits_per_byte"])  # where a recipe averages its weights, those are its model
+    # Where a recipe averages its weights, the average is its model.
+    bits = found.get("bits_per_byte_ema", found["bits_per_byte"])
     return {"loss": float(bits) * math.log(2), "training_seconds": found["seconds"]}
 
 

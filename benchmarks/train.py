@@ -169,7 +169,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all of the device")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None, help="default: all that the device runs")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=None, help="default: all that the device runs"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="per turn")
     parser.add_argument("--threads", type=int, default=2)
