@@ -329,7 +329,7 @@ def test_how_it_is_launched() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("capability", ["90", "80"])
+@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
 def test_the_compiler_reads_and_writes_16_bytes_at_once(capability: str) -> None:
     rows = [row for row in ahead(capability, "--pointwise") if row["kernel"] == "turn"]
     assert {(row["dtype"], row["width"], row["interleaved"], row["back"]) for row in rows} == {
