@@ -5,6 +5,8 @@ The moments' formula: :mod:`scratchlm.optim.adam`. Computed in one pass by Trito
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,30 +63,10 @@ def step_(
     )
 
 
-def _computed(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    steps: list[Tensor],
-    copies: list[Tensor],
-    factor: Tensor | None,
-    skip: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    decoupled: bool,
-) -> None:
+def _computed(*given: Any) -> None:
     from scratchlm.kernels import adam_triton
 
-    given = (parameters, [g.contiguous() for g in gradients], first, second, steps, copies, factor, skip)
-    adam_triton.step(*given, lr=lr, betas=(beta1, beta2), eps=eps, decay=decay, decoupled=decoupled)
-    if skip is None:
-        torch._foreach_add_(steps, 1)
-    else:
-        torch._foreach_add_(steps, [1.0 - skip] * len(steps))
+    adam_triton.step(*given)
 
 
 _library.impl("adam_step_", _computed, "CompositeExplicitAutograd")

@@ -144,37 +144,41 @@ def step(
     gradients: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    steps: list[Tensor],
     copies: Sequence[Tensor],
     factor: Tensor | None,
     skip: Tensor | None,
-    *,
     lr: float,
-    betas: tuple[float, float],
+    beta1: float,
+    beta2: float,
     eps: float,
     decay: float,
     decoupled: bool,
 ) -> None:
-    """See :func:`scratchlm.kernels.adam.step_`; counts are left alone."""
+    """The operation ``scratchlm::adam_step_``; see :func:`scratchlm.kernels.adam.step_`."""
     device = parameters[0].device
     sizes, owners, starts = _chunks(tuple(p.numel() for p in parameters), CHUNK, device)
-    if not len(owners):
-        return
-    columns = (gradients, parameters, first, second, steps, copies or None)
-    addresses, aligned = _addresses(columns, device)
-    with torch.cuda.device_of(parameters[0]):
-        _adam[(len(owners),)](
-            *(addresses, sizes, owners, starts, factor, skip),
-            *(lr, *_of(betas[0]), *_of(betas[1]), eps, decay, 1.0 - lr * decay),
-            GRADIENT=_NAMES[gradients[0].dtype],
-            COPY=_NAMES[copies[0].dtype] if copies else None,
-            SCALED=factor is not None,
-            SKIPS=skip is not None,
-            DECOUPLED=decoupled,
-            ALIGNED=aligned,
-            CHUNK=CHUNK,
-            num_warps=WARPS,
-        )
+    gradients = [gradient.contiguous() for gradient in gradients]
+    addresses, aligned = _addresses((gradients, parameters, first, second, steps, copies or None), device)
+    if len(owners):  # else all of them are empty
+        with torch.cuda.device_of(parameters[0]):
+            _adam[(len(owners),)](
+                *(addresses, sizes, owners, starts, factor, skip),
+                *(lr, *_of(beta1), *_of(beta2), eps, decay, 1.0 - lr * decay),
+                GRADIENT=_NAMES[gradients[0].dtype],
+                COPY=_NAMES[copies[0].dtype] if copies else None,
+                SCALED=factor is not None,
+                SKIPS=skip is not None,
+                DECOUPLED=decoupled,
+                ALIGNED=aligned,
+                CHUNK=CHUNK,
+                num_warps=WARPS,
+            )
+    # Afterwards: all programs have read them.
+    if skip is None:
+        torch._foreach_add_(steps, 1)
+    else:
+        torch._foreach_add_(steps, [1.0 - skip] * len(steps))
 
 
 _NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

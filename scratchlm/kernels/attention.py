@@ -27,6 +27,11 @@ Values = Float[Tensor, "... kv_heads k value_dim"]
 Mixed = Float[Tensor, "... heads q value_dim"]
 
 
+def heads_inside(like: Tensor, heads: int, length: int, width: int) -> Tensor:
+    """A new (batch, heads, length, width) whose heads stand side by side in memory, so that joining them is free."""
+    return like.new_empty(like.shape[0], length, heads, width).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What happens to the scores between the product q · k and the mixture of values.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels.functions import soft_cap
-from scratchlm.kernels.triton_here import DTYPES, runs_on
+from scratchlm.kernels.triton_here import DTYPES, computes, runs_on
 
 IN_TORCH = "the loss and the logits' gradient are computed by torch's kernels"
 IGNORE_INDEX = -100
@@ -176,8 +176,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype)
 
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """x times a scalar, in `dtype`."""
-    known = x.dtype in DTYPES and dtype in DTYPES
-    if known and x.is_contiguous() and runs_on(x.device, IN_TORCH):
+    if dtype in DTYPES and x.is_contiguous() and computes(x, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import scaled
 
         return scaled(x, by, dtype)

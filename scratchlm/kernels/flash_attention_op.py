@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values
+from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
 from scratchlm.kernels.triton_here import runs_on, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
@@ -100,11 +100,6 @@ def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, 
     given = scores.slopes, scores.sinks, documents, first, last, key_mask
     out: Tensor = _attention(q, k, v, *given, scores.scale_of(q.shape[-1]), scores.soft_cap, window)[0]
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
-
-
-def heads_inside(like: Tensor, heads: int, length: int, width: int) -> Tensor:
-    """A new (batch, heads, length, width) whose heads stand side by side in memory, so that joining them is free."""
-    return like.new_empty(like.shape[0], length, heads, width).transpose(1, 2)
 
 
 @torch.library.custom_op("scratchlm::flash_attention", mutates_args=())

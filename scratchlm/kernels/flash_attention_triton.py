@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scratchlm.kernels.flash_attention_op import heads_inside
+from scratchlm.kernels.attention import heads_inside
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LARGEST = 128

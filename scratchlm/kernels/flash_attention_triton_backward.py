@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scratchlm.kernels.flash_attention_op import heads_inside
+from scratchlm.kernels.attention import heads_inside
 from scratchlm.kernels.flash_attention_triton import (
     LOG2_E,
     Tiles,

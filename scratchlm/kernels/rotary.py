@@ -17,12 +17,7 @@ IN_TORCH = "queries and keys are rotated by torch's kernels"
 
 def fits(projected: Tensor) -> bool:
     """Whether :func:`turn_heads` is the way: one dimension of rows, in half or single precision, where Triton's kernels run."""
-    return (
-        triton_here.takes(projected.device)
-        and projected.dtype in triton_here.DTYPES
-        and projected.ndim == 3
-        and (torch.compiler.is_compiling() or triton_here.runs_on(projected.device, IN_TORCH))
-    )
+    return projected.ndim == 3 and triton_here.is_offered(projected, IN_TORCH)
 
 
 def turn_heads(
@@ -56,14 +51,8 @@ def turn_heads(
 
 def fits_heads(x: Tensor) -> bool:
     """Whether :func:`turn` is the way: heads that are there already, where a gradient is wanted and no compiler makes one loop of norm and rotation."""
-    return (
-        triton_here.takes(x.device)
-        and x.dtype in triton_here.DTYPES
-        and x.ndim == 4
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and triton_here.runs_on(x.device, IN_TORCH)
-    )
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.ndim == 4 and wanted and triton_here.computes(x, IN_TORCH)
 
 
 def turn(

@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scratchlm.kernels.attention import heads_inside
 from scratchlm.kernels.rotary import IN_TORCH
-from scratchlm.kernels.triton_here import DTYPES, runs_on
-
-
-def _in_triton(x: Tensor) -> bool:
-    return x.dtype in DTYPES and runs_on(x.device, IN_TORCH)
-
-
-def heads_inside(x: Tensor, batch: int, length: int, heads: int, width: int) -> Tensor:
-    """A new (batch, heads, length, width) whose heads stand side by side in memory."""
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+from scratchlm.kernels.triton_here import computes
 
 
 @torch.library.custom_op("scratchlm::turn_heads", mutates_args=())
@@ -36,7 +28,7 @@ def turn_heads(
     if width != (heads + 2 * kv_heads) * head_dim or head_dim % 2:
         raise ValueError(f"{heads} + 2 · {kv_heads} heads of an even width do not make up {width}")
     _check(batch, length, head_dim, cos, sin)
-    if _in_triton(projected):
+    if computes(projected, IN_TORCH):
         from scratchlm.kernels.rotary_triton import forward
 
         return forward(projected, cos, sin, heads, kv_heads, interleaved)
@@ -50,9 +42,9 @@ def turn_heads(
 def _(
     projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = projected.shape
+    length, width = projected.shape[1:]
     head_dim = width // (heads + 2 * kv_heads)
-    return tuple(heads_inside(projected, batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
+    return tuple(heads_inside(projected, n, length, head_dim) for n in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("scratchlm::turn_heads_backward", mutates_args=())
@@ -62,7 +54,7 @@ def turn_heads_backward(
     """The gradient of the projection, (batch, length, (heads + 2 kv_heads) · head_dim), contiguous."""
     batch, _, length, head_dim = d_q.shape
     _check(batch, length, head_dim, cos, sin)
-    if _in_triton(d_q):
+    if computes(d_q, IN_TORCH):
         from scratchlm.kernels.rotary_triton import backward
 
         return backward(d_q, d_k, d_v, cos, sin, interleaved)

@@ -26,7 +26,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from scratchlm.kernels.rotary_op import heads_inside
+from scratchlm.kernels.attention import heads_inside
 
 PAIRS = 2048
 """Of a program."""
@@ -135,9 +135,9 @@ def forward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operation ``scratchlm::turn_heads``: bf16, fp16 or fp32."""
-    batch, length, width = projected.shape
+    length, width = projected.shape[1:]
     head_dim = width // (heads + 2 * kv_heads)
-    q, k, v = (heads_inside(projected, batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (heads_inside(projected, n, length, head_dim) for n in (heads, kv_heads, kv_heads))
     _launch(projected.contiguous(), q, k, v, cos, sin, interleaved, back=False)
     return q, k, v
 

@@ -21,12 +21,7 @@ def fits(gate_up: Tensor) -> bool:
     Without a gradient torch.compile makes one pass of the formula as well; and where a token is written at a time, the call of an operation
     of our own takes longer than the two of torch.
     """
-    return (
-        triton_here.takes(gate_up.device)
-        and gate_up.dtype in triton_here.DTYPES
-        and torch.is_grad_enabled()
-        and (torch.compiler.is_compiling() or triton_here.runs_on(gate_up.device, IN_TORCH))
-    )
+    return torch.is_grad_enabled() and triton_here.is_offered(gate_up, IN_TORCH)
 
 
 def swiglu(gate_up: Float[Tensor, "... 2*d_ff"]) -> Float[Tensor, "... d_ff"]:

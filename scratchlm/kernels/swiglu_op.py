@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scratchlm.kernels.swiglu import IN_TORCH
-from scratchlm.kernels.triton_here import DTYPES, runs_on
-
-
-def _in_triton(x: Tensor) -> bool:
-    return x.dtype in DTYPES and runs_on(x.device, IN_TORCH)
+from scratchlm.kernels.triton_here import computes
 
 
 @torch.library.custom_op("scratchlm::swiglu", mutates_args=())
@@ -25,7 +21,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) ⊙ up: (…, 2·d_ff) → (…, d_ff), contiguous."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate‖up are two halves, but their width is {gate_up.shape[-1]}")
-    if _in_triton(gate_up):
+    if computes(gate_up, IN_TORCH):
         from scratchlm.kernels.swiglu_triton import forward
 
         return forward(gate_up)
@@ -41,7 +37,7 @@ def _(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("scratchlm::swiglu_backward", mutates_args=())
 def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate‖up, contiguous: d_out (…, d_ff), gate_up (…, 2·d_ff) → (…, 2·d_ff)."""
-    if _in_triton(gate_up):
+    if computes(gate_up, IN_TORCH):
         from scratchlm.kernels.swiglu_triton import backward
 
         return backward(d_out, gate_up)

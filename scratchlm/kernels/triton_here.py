@@ -31,6 +31,16 @@ def runs_on(device: torch.device, otherwise: str) -> bool:
     return reason is None
 
 
+def computes(x: torch.Tensor, otherwise: str) -> bool:
+    """Whether Triton's kernels take `x`: of one of their dtypes, where they run; says so as :func:`runs_on` does."""
+    return x.dtype in DTYPES and runs_on(x.device, otherwise)
+
+
+def is_offered(x: torch.Tensor, otherwise: str) -> bool:
+    """The same for who chooses an operation that computes it. While a graph is traced it is not asked whether Triton runs: then the operation computes by torch."""
+    return x.dtype in DTYPES and takes(x.device) and (torch.compiler.is_compiling() or runs_on(x.device, otherwise))
+
+
 @functools.cache
 def trouble(device: torch.device) -> str | None:
     """What keeps Triton from running on the device, found by running a kernel of one line."""

@@ -55,9 +55,7 @@ _library.impl("product_", _on_cuda, "CUDA")
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has such a product of this dtype there, found by asking for a small one: not every version, library and maker has it."""
-    if device.type != "cuda":
-        return False
+    """Whether torch has such a product of this dtype on a CUDA device, found by asking for a small one: not every version, library and maker has it."""
     try:
         ones = torch.ones(16, 16, dtype=dtype, device=device)
         total = torch.ones(16, 16, device=device)

@@ -78,13 +78,11 @@ class RoPE(TablePosition):
     def _angles_for(
         self, dtype: torch.dtype, length: int, positions: Int[Tensor, "... length"] | None, memo: Memo | None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin in a dtype, lined up with the heads; in one pass all layers ask for the same."""
+        """cos and sin in a dtype; in one pass all layers ask for the same."""
         key = (self, dtype, length, positions)  # tensors are told apart by identity
         if memo is not None and key in memo:
             return memo[key]
         cos, sin = (part.to(dtype) for part in self.angles(length, positions))
-        if cos.ndim > 2:  # positions differ between rows: line up with the heads
-            cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
         if memo is not None and not torch.compiler.is_compiling():
             memo[key] = cos, sin
         return cos, sin
@@ -96,8 +94,10 @@ class RoPE(TablePosition):
         memo: Memo | None = None,
     ) -> Float[Tensor, "... heads length head_dim"]:
         if self.width == x.shape[-1] and self.in_kernel and rotary.fits_heads(x):
-            return rotary.turn(x, *self._tables(x.shape[-2], positions, memo), self.interleaved)
+            return rotary.turn(x, *self._angles_for(torch.float32, x.shape[-2], positions, memo), self.interleaved)
         cos, sin = self._angles_for(x.dtype, x.shape[-2], positions, memo)
+        if cos.ndim > 2:  # positions differ between rows: line up with the heads
+            cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
         if self.width == x.shape[-1]:
             return self.pairs(x, cos, sin)
         turned = self.pairs(x[..., : self.width], cos, sin)
@@ -114,12 +114,5 @@ class RoPE(TablePosition):
         whole = self.width * (heads + 2 * kv_heads) == projected.shape[-1]  # all of a head is rotated
         if not (whole and self.in_kernel and rotary.fits(projected)):
             return None
-        tables = self._tables(projected.shape[-2], positions, memo)
-        return rotary.turn_heads(projected, *tables, heads, kv_heads, self.interleaved)
-
-    def _tables(
-        self, length: int, positions: Int[Tensor, "... length"] | None, memo: Memo | None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin in fp32, (length, half) or (batch, length, half)."""
-        cos, sin = self._angles_for(torch.float32, length, positions, memo)
-        return (cos, sin) if cos.ndim == 2 else (cos.squeeze(-3), sin.squeeze(-3))
+        angles = self._angles_for(torch.float32, projected.shape[-2], positions, memo)
+        return rotary.turn_heads(projected, *angles, heads, kv_heads, self.interleaved)

@@ -22,7 +22,7 @@ from torch import Tensor
 from scratchlm.errors import UserError
 from scratchlm.optim import newton_schulz
 from scratchlm.optim.implementation import GroupedOptimizer, check_implementation, check_ranges
-from scratchlm.optim.newton_schulz import newton_schulz_reference, orthogonalise
+from scratchlm.optim.newton_schulz import alike, newton_schulz_reference, orthogonalise_alike
 
 
 def split_sizes(parameter: Tensor) -> list[int]:
@@ -150,22 +150,24 @@ class Muon(GroupedOptimizer):
         updates: Any = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         parts = [m for p in parameters for m in matrices_of(p, p)]
         changes = [m for p, update in zip(parameters, updates, strict=True) for m in matrices_of(p, update)]
-        if not newton_schulz.in_batches(parameters[0].device):
-            turned = orthogonalise(changes, self.dtype)
+        for batch in alike(changes):
+            turned = orthogonalise_alike([changes[index] for index in batch], self.dtype)
             if self.skip is not None:
                 torch._foreach_mul_(turned, (1 - self.skip).to(turned[0].dtype))
-            for part, change in zip(parts, turned, strict=True):
+            self._apply([parts[index] for index in batch], turned, lr)
+            del turned  # before the next batch
+
+    def _apply(self, parts: list[Tensor], changes: list[Tensor], lr: float) -> None:
+        if not newton_schulz.in_batches(parts[0].device):
+            for part, change in zip(parts, changes, strict=True):
                 part.add_(change, alpha=-lr * _factor(part))
             return
-        for indices, found in newton_schulz.orthogonalised(changes, self.dtype):
-            # One launch for those of one factor, which takes one dtype.
-            for factor in dict.fromkeys(_factor(parts[index]) for index in indices):
-                alike = [n for n, index in enumerate(indices) if _factor(parts[index]) == factor]
-                own = torch.stack([found[n] for n in alike]).to(parts[0].dtype)
-                if self.skip is not None:
-                    own *= 1 - self.skip
-                torch._foreach_add_([parts[indices[n]] for n in alike], own.unbind(), alpha=-lr * factor)
-                del own  # before the next batch
+        for factor in dict.fromkeys(
+            map(_factor, parts)
+        ):  # one launch for those of one factor, which takes one dtype
+            some = [n for n, part in enumerate(parts) if _factor(part) == factor]
+            own = torch.stack([changes[n] for n in some]).to(parts[0].dtype)
+            torch._foreach_add_([parts[n] for n in some], own.unbind(), alpha=-lr * factor)
 
 
 def _factor(matrix: Tensor) -> float:

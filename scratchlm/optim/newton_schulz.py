@@ -12,8 +12,6 @@ direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -138,27 +136,30 @@ def _normalised(matrices: list[Tensor], wide: int, dtype: torch.dtype) -> Tensor
     return batch
 
 
-@torch.no_grad()
-def orthogonalised(
-    matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """As :func:`orthogonalise`, one batch after the other: which matrices are in it, and what became of them."""
+def alike(matrices: list[Tensor]) -> list[list[int]]:
+    """Which of them are of one shape, up to transposition: for :func:`orthogonalise_alike`. What has no rows or columns is left out."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
-        by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(index)
-    for (rows, _), indices in by_shape.items():
-        if rows == 0:
-            continue
-        if in_batches(matrices[0].device):  # those that lie as the batch does come first
-            indices = sorted(indices, key=lambda index: matrices[index].shape[0] != rows)
-        wide = [matrices[index].shape[0] == rows for index in indices]
-        some = [matrices[index] if lies else matrices[index].mT for index, lies in zip(indices, wide, strict=True)]
-        chosen = dtype if dtype is not None else fast_dtype(some[0].device.type)
-        slots = newton_schulz_fast(_normalised(some, sum(wide), chosen), steps).unbind()
-        found = [slot if lies else slot.mT for slot, lies in zip(slots, wide, strict=True)]
-        del slots, some  # what is handed out is not held here while the next batch is made
-        yield indices, found
-        found.clear()
+        if matrix.numel():
+            by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(index)
+    groups = list(by_shape.values())
+    if groups and in_batches(matrices[0].device):  # those that lie as the batch does come first
+        groups = [
+            sorted(group, key=lambda index: matrices[index].shape[0] > matrices[index].shape[1]) for group in groups
+        ]
+    return groups
+
+
+@torch.no_grad()
+def orthogonalise_alike(
+    matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS
+) -> list[Tensor]:
+    """As :func:`orthogonalise`, for one group of :func:`alike`."""
+    wide = [matrix.shape[0] <= matrix.shape[1] for matrix in matrices]
+    lying = [matrix if lies else matrix.mT for matrix, lies in zip(matrices, wide, strict=True)]
+    chosen = dtype if dtype is not None else fast_dtype(matrices[0].device.type)
+    found = newton_schulz_fast(_normalised(lying, sum(wide), chosen), steps)
+    return [slot if lies else slot.mT for slot, lies in zip(found.unbind(), wide, strict=True)]
 
 
 def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, steps: int = STEPS) -> list[Tensor]:
@@ -175,7 +176,8 @@ def orthogonalise(matrices: list[Tensor], dtype: torch.dtype | None = None, step
         One tensor for each, in its shape and order and in the dtype of the iteration (views of the batches).
     """
     results = list(matrices)
-    for indices, found in orthogonalised(matrices, dtype, steps):
-        for index, result in zip(indices, found, strict=True):
+    for group in alike(matrices):
+        found = orthogonalise_alike([matrices[index] for index in group], dtype, steps)
+        for index, result in zip(group, found, strict=True):
             results[index] = result
     return results

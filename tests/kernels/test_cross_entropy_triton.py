@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from importlib.metadata import version
 
@@ -10,21 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from test_flash_attention_triton import ahead, compiles
+from torch import Tensor
+from triton_device import DEVICE
 
 from scratchlm.kernels import cross_entropy as loss
 from scratchlm.kernels import cross_entropy_triton as kernels
 from scratchlm.kernels import triton_probe
 from scratchlm.kernels.cross_entropy import IGNORE_INDEX, HeadOptions, chunked_linear_cross_entropy
 from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 BLOCK = 256
 """Of the tests, so that a small vocabulary has several."""

@@ -22,19 +22,12 @@ import torch
 from flash_cases import Case, answer, exact, largest_error
 from hypothesis import HealthCheck, given, settings
 from test_flash_attention import BOUNDS, cases
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-import triton.language as tl
+from triton_device import DEVICE
 
 from scratchlm.kernels import flash_attention_op as op
 from scratchlm.kernels import flash_attention_triton as kernels
 from scratchlm.kernels import triton_probe
 from scratchlm.kernels.flash_attention_op import fused_attention
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +35,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter keeps bfloat16 as bits and multiplies these as integers: products of the numbers they stand for."""
     if DEVICE == "cuda":
         return
+    import triton.language as tl
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot

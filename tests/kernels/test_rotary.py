@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -12,20 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from test_flash_attention_triton import ahead, compiles
+from torch import Tensor
+from triton_device import DEVICE
 
 from scratchlm.kernels import rotary as kernels
 from scratchlm.kernels import rotary_op, rotary_triton, triton_probe
 from scratchlm.kernels.rotary import turn_heads
 from scratchlm.model.rope import half_split_pairs, interleaved_pairs
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}

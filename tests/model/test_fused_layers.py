@@ -14,20 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_checkpointing import Calls
 from test_variants import Batch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-pytest.importorskip("triton", reason="Triton is not installed")
+from triton_device import DEVICE
 
 from scratchlm.generate import KVCache
 from scratchlm.kernels import rotary, rotary_triton, swiglu, swiglu_triton
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.train.loss import NextTokenLoss
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50, "context_length": 24, "d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "d_ff": 40,
@@ -253,18 +248,6 @@ def test_with_a_cache_and_without_gradients(kernels: Kernels) -> None:
         cache.advance(piece.shape[1])
     assert not kernels.taken()
     torch.testing.assert_close(torch.cat(pieces, dim=1), logits, rtol=1e-4, atol=1e-5)
-
-
-class Calls(TorchDispatchMode):
-    """Counts torch's operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_positions_are_looked_up_once_for_all_layers(kernels: Kernels) -> None:

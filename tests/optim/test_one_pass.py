@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from typing import Any
 
@@ -13,17 +12,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-pytest.importorskip("triton", reason="Triton is not installed")
+from triton_device import DEVICE
 
 from scratchlm.config import OptimConfig
 from scratchlm.kernels import adam, adam_triton, triton_here
 from scratchlm.optim import Adam, AdamW, Lion, build_optimizers
 from scratchlm.optim.implementation import OnePass
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 CHUNK = 32
 """Of the tests, so that a small parameter has several."""

@@ -5,7 +5,6 @@ On a GPU where there is one, else in Triton's interpreter on the CPU.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,13 @@ from typing import Any
 import pytest
 import torch
 from test_loop import MODEL, LossThat, lines, trainer
-
-pytest.importorskip("triton", reason="Triton is not installed")
+from triton_device import DEVICE
 
 from scratchlm.kernels import adam, adam_triton, cross_entropy, rotary, swiglu
 from scratchlm.model import Transformer
 from scratchlm.optim import Adam
 from scratchlm.train.loop import Trainer
 from scratchlm.train.working_copy import WorkingCopy
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # `conftest.py` sets it where there is no GPU
-    pytest.skip("torch does not see the GPU that is here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
