@@ -180,7 +180,6 @@ class SteppingTrainer(Trainer):
         self.loader = _Announced(self.loader, clock)
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.optim)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         torch.manual_seed(self.seed)
         precision = choose_precision(self.config.precision, self.device)
         compiling = choose_compile(self.config.compile, self.device, self.config.steps)

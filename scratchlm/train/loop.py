@@ -108,7 +108,6 @@ class Trainer:
         """
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.optim)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         remove_leftovers(self._checkpoints)
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         try:
@@ -411,7 +410,7 @@ class Trainer:
             )
         if self.loss.replayed and len(micro_batches) > 1:
             # Else a gradient would be the graph's own memory, which the next part writes over.
-            for parameter in self.parameters:
+            for parameter in self.update.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
