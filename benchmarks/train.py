@@ -5,7 +5,7 @@
 
 Every contender is a process of its own, so that its allocator and its peak of memory are its own. All are started and warmed
 up first; then they take turns, a few steps each, while the others sleep, and so does the measurement of the ceiling: products
-of large matrices. Memory is the resident set, on a GPU what torch had allocated at most. Ours is the trainer itself (``Trainer.fit``), with loader, clipping, metrics and all. ``--hold`` waits for a line on
+of large matrices. On a CPU without bf16 all compute in fp32 (``--precision``). Memory is the resident set, on a GPU what torch had allocated at most. Ours is the trainer itself (``Trainer.fit``), with loader, clipping, metrics and all. ``--hold`` waits for a line on
 standard input before the measurement, so that one can wait for a quiet machine. The last line printed is the result as JSON.
 """
 
@@ -72,13 +72,16 @@ CONTENDERS = {
     "nanogpt-patched": "the same with autocast and fused AdamW",
     "litgpt": "litgpt's GPT in bf16 under torch.compile, fused AdamW",
 }
+ONLY_BF16 = ("scratchlm-bf16", "scratchlm-graph", "transformers-autocast")
+"""What has no counterpart in fp32. (``nanogpt-patched`` is the fused AdamW alone there.)"""
 
 
 class Worker:
     """A contender in its own process: one line in, one line of JSON out."""
 
-    def __init__(self, name: str, shape: str, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("train_worker.py")), name, shape, str(threads)]
+    def __init__(self, name: str, shape: str, threads: int, precision: str) -> None:
+        worker = str(Path(__file__).with_name("train_worker.py"))
+        command = [sys.executable, worker, name, shape, str(threads), precision]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, line: str = "") -> Any:
@@ -100,7 +103,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: int, hold: bool) -> dict[str, Any]:
+def measure(
+    name: str, contenders: list[str], rounds: int, steps: int, threads: int, precision: str, hold: bool
+) -> dict[str, Any]:
     """All contenders on one shape."""
     every = [*contenders, CEILING]
     started: dict[str, Worker] = {}
@@ -121,10 +126,10 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
 
     try:
         if SHAPES[name].device == "cuda":  # a GPU's machine has cores for all of them
-            started |= {contender: Worker(contender, name, threads) for contender in every}
+            started |= {contender: Worker(contender, name, threads, precision) for contender in every}
         for contender in every:
             if contender not in started:
-                started[contender] = Worker(contender, name, threads)
+                started[contender] = Worker(contender, name, threads, precision)
             first = asked(contender)
             if first is None or asked(contender, str(steps)) is None:
                 continue
@@ -144,7 +149,7 @@ def measure(name: str, contenders: list[str], rounds: int, steps: int, threads: 
             worker.end()
     ceiling = {}
     if times.get(CEILING):
-        ceiling = {kind: spread([t[kind] for t in times[CEILING]]) for kind in ("bf16", "fp32")}
+        ceiling = {kind: spread([t[kind] for t in times[CEILING]]) for kind in times[CEILING][0]}
     found = {
         contender: figures for contender, figures in found.items() if contender != CEILING and ends.get(contender)
     }
@@ -175,33 +180,47 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="per turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="default: bf16 where the device multiplies it"
+    )
     parser.add_argument("--hold", action="store_true", help="wait for a line on standard input before measuring")
     parser.add_argument("--out", type=Path, help="folder for results-<shape>.json")
     options = parser.parse_args()
+    from scratchlm.evaluate.environment import describe_environment
+    from scratchlm.kernels.hardware import has_native_bf16
+
+    if options.precision is None:
+        options.precision = "bf16" if has_native_bf16(options.device) else "fp32"
+    here = [name for name in CONTENDERS if name != "scratchlm-graph" or options.device == "cuda"]
+    if options.precision == "fp32":
+        here = [name for name in here if name not in ONLY_BF16]
     if options.contenders is None:
-        options.contenders = [name for name in CONTENDERS if name != "scratchlm-graph" or options.device == "cuda"]
+        options.contenders = here
+    if strange := [name for name in options.contenders if name not in here]:
+        parser.error(f"{strange[0]} does not run on {options.device} in {options.precision}")
     shapes = options.shapes or [name for name, shape in SHAPES.items() if shape.device == options.device]
     if strange := [name for name in shapes if SHAPES[name].device != options.device]:
         parser.error(f"{strange[0]} is a shape for {SHAPES[strange[0]].device}, not for {options.device}")
-    from scratchlm.evaluate.environment import describe_environment
-
     results = {
         "benchmark": "train",
         "date": time.strftime("%Y-%m-%d"),
         "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
         "python": platform.python_version(),
         "environment": describe_environment(),
+        "precision": options.precision,
         "rounds": options.rounds,
         "steps_per_turn": options.steps,
         "shapes": {},
     }
     for name in shapes:
-        found = measure(name, options.contenders, options.rounds, options.steps, options.threads, options.hold)
+        turns = options.rounds, options.steps, options.threads
+        found = measure(name, options.contenders, *turns, options.precision, options.hold)
         results["shapes"][name] = found
+        share = f"share_of_{options.precision}_ceiling"
         for contender, figures in found["contenders"].items():
             print(
                 f"{name:4} {contender:22} {figures['tokens_per_second']['median']:8,.0f} tok/s  "
-                f"{figures.get('share_of_bf16_ceiling', 0):4.0%} of bf16  {figures['peak_mb']:6,.0f} MB  "
+                f"{figures.get(share, 0):4.0%} of {options.precision}  {figures['peak_mb']:6,.0f} MB  "
                 f"ours × {figures.get('ours_times_as_fast', 0):.2f}",
                 file=sys.stderr,
             )

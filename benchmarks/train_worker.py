@@ -79,7 +79,7 @@ def introduce(parameters: int, flops: int) -> None:
 # --- the ceiling ------------------------------------------------------------------------------------------------------
 
 
-def ceiling(device: str) -> None:
+def ceiling(device: str, precision: str) -> None:
     import torch
 
     sizes = [(2048, 2048, 2048), (4096, 1024, 1024), (4096, 256, 1024)]
@@ -110,7 +110,10 @@ def ceiling(device: str) -> None:
 
     introduce(0, 0)
     for _ in turns(device):
-        answer([{"bf16": best(torch.bfloat16), "fp32": best(torch.float32)}])
+        found = {"fp32": best(torch.float32)}
+        if precision == "bf16":  # elsewhere torch takes half a minute for a product
+            found["bf16"] = best(torch.bfloat16)
+        answer([found])
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def peer(
     serve(step, shape.device)
 
 
-def transformers(shape: Shape, variant: str) -> None:
+def transformers(shape: Shape, variant: str, dtype: Any) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -250,7 +253,7 @@ def transformers(shape: Shape, variant: str) -> None:
     model: Any = LlamaForCausalLM(config).to(shape.device).train()
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the tied head is the embedding
     if variant != "autocast":
-        model = model.to(torch.bfloat16)
+        model = model.to(dtype)
     if variant != "eager":
         model = torch.compile(model, dynamic=False)
 
@@ -268,7 +271,7 @@ def transformers(shape: Shape, variant: str) -> None:
     )
 
 
-def nanogpt(shape: Shape, patched: bool) -> None:
+def nanogpt(shape: Shape, patched: bool, autocast: bool) -> None:
     import torch
     from gpt2_style import GPT
 
@@ -279,12 +282,12 @@ def nanogpt(shape: Shape, patched: bool) -> None:
         torch.compile(model, dynamic=False),
         lambda model, inputs, targets: model(inputs, targets),
         matrix_params=matrices,
-        autocast=patched,
+        autocast=autocast,
         fused=patched,
     )
 
 
-def litgpt(shape: Shape) -> None:
+def litgpt(shape: Shape, dtype: Any) -> None:
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -310,7 +313,7 @@ def litgpt(shape: Shape) -> None:
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.transformer.wte.weight.numel()
     peer(
         shape,
-        torch.compile(model.to(torch.bfloat16), dynamic=False),
+        torch.compile(model.to(dtype), dynamic=False),
         lambda model, inputs, targets: chunked_cross_entropy(model(inputs), targets, chunk_size=0),
         matrix_params=matrices,
         autocast=False,
@@ -319,7 +322,7 @@ def litgpt(shape: Shape) -> None:
 
 
 def main() -> None:
-    name, shape, threads = sys.argv[1], SHAPES[sys.argv[2]], int(sys.argv[3])
+    name, shape, threads, precision = sys.argv[1], SHAPES[sys.argv[2]], int(sys.argv[3]), sys.argv[4]
     if name.startswith("scratchlm"):
         from scratchlm.threads import before_torch
 
@@ -328,18 +331,20 @@ def main() -> None:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     if name == CEILING:
-        ceiling(shape.device)
+        ceiling(shape.device, precision)
     elif name.startswith("scratchlm"):
         bf16 = {"precision": "bf16", "weights": "bf16"}
         options = {"eager": {"compile": "off"}, "bf16": bf16, "graph": {**bf16, "cuda_graph": True}}
-        scratchlm(shape, **options.get(name.partition("-")[2], {}))
+        scratchlm(shape, **{"precision": precision, **options.get(name.partition("-")[2], {})})
     elif name.startswith("transformers"):
-        transformers(shape, name.partition("-")[2])
+        transformers(shape, name.partition("-")[2], dtype)
     elif name.startswith("nanogpt"):
-        nanogpt(shape, name.endswith("patched"))
+        patched = name.endswith("patched")
+        nanogpt(shape, patched, autocast=patched and precision == "bf16")
     else:
-        litgpt(shape)
+        litgpt(shape, dtype)
 
 
 if __name__ == "__main__":

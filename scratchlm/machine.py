@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import shutil
 import sys
 from contextlib import suppress
@@ -22,6 +24,30 @@ def find_compiler() -> str | None:
         if name and (path := shutil.which(name)):
             return path
     return None
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: ``~/.cache/scratchlm``, or under ``$XDG_CACHE_HOME``.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
+    return folder / "scratchlm"
+
+
+PROCESSOR = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def processor() -> tuple[str, ...]:
+    """What the first processor says of itself: name and instructions; little where there is no ``/proc/cpuinfo``."""
+    with suppress(OSError):
+        first, _, _ = PROCESSOR.read_text(encoding="utf-8", errors="replace").partition("\n\n")
+        lines = first.splitlines()
+        return tuple(sorted(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))))
+    return platform.machine(), platform.processor()
 
 
 def main_memory() -> float | None:

@@ -292,24 +292,33 @@ SHORT_TRAINED = 256
 at 128, 1.6 at 256. (1.2 at 512, but there the scores that blocks keep weigh more than that.)"""
 
 
+def goes_by_blocks(q: Queries) -> bool:
+    """Whether blocks are faster than torch's kernel for a sequence without a mask: on a CPU a short one that is compiled, or a shorter one in bf16
+    that has a backward pass."""
+    return q.device.type == "cpu" and (
+        (torch.compiler.is_compiling() and q.shape[-2] <= SHORT_COMPILED)
+        or (q.dtype == torch.bfloat16 and q.requires_grad and q.shape[-2] <= SHORT_TRAINED)
+    )
+
+
 def auto_attention(
     q: Queries, k: Keys, v: Values, visible: Visibility | None = None, scores: Scores = PLAIN
 ) -> Mixed:
     """The fastest for the place.
 
-    Blocks where they leave out work (a mask with a plan), where torch's kernel cannot go (a soft cap) or is slower (on a CPU a short sequence that is
-    compiled, or a shorter one in bf16 that has a backward pass); torch's kernel elsewhere, also for sinks in a short text that is only read.
+    On a CPU our kernel in C++ where a gradient is wanted and it knows how
+    (:func:`~scratchlm.kernels.flash_attention_cpp.is_the_way`). Otherwise blocks where they leave out work (a mask with a plan), where torch's kernel
+    cannot go (a soft cap) or is slower (:func:`goes_by_blocks`); torch's kernel elsewhere, also for sinks in a short text that is only read.
     """
+    from scratchlm.kernels import flash_attention_cpp, flash_attention_op
     from scratchlm.kernels.blocked_attention import blocked_attention
 
     whole = q.shape[-2] == k.shape[-2]
     sparse = visible is not None and visible.planned and not visible.rule.is_plain_causal
-    short_on_cpu = q.device.type == "cpu" and (
-        (torch.compiler.is_compiling() and q.shape[-2] <= SHORT_COMPILED)
-        or (q.dtype == torch.bfloat16 and q.requires_grad and q.shape[-2] <= SHORT_TRAINED)
-    )
+    if whole and flash_attention_cpp.is_the_way(q, k, v, visible, scores):
+        return flash_attention_op.fused_attention(q, k, v, visible, scores)
     if whole and q.shape[-2] <= SHORT and not scores.dropout and _flash_tells_sums(q, k, v, visible, scores):
         return sdpa_attention(q, k, v, visible, scores)
-    if whole and (sparse or short_on_cpu or scores.soft_cap is not None):
+    if whole and (sparse or goes_by_blocks(q) or scores.soft_cap is not None):
         return blocked_attention(q, k, v, visible, scores)
     return sdpa_attention(q, k, v, visible, scores)

@@ -12,8 +12,8 @@
     Out come o / l and L = m + log l. The way back has q, k, v, o / l and L, and needs no more: exp(score − L) is the
     softmax again, tile by tile, and the gradient of a score is P ∘ (dO Vᵀ − D) with D = rowsum(dO ∘ O).
 
-Here the algorithm in torch, on any device and in any dtype, as the lecture draws it; its fast twin for CUDA is
-`flash_attention_triton.py`. :func:`flash_attention` takes the twin where it can.
+Here the algorithm in torch, on any device and in any dtype, as the lecture draws it; its fast twins are `flash_attention_triton.py` for
+CUDA and `flash_attention_cpp.py` for CPUs. :func:`flash_attention` takes a twin where it can.
 
 A NaN in a query, key or value that is looked at comes out as NaN; a score of −∞ weighs nothing, as one that is masked.
 On a CPU two runs agree to the bit, and so they do on CUDA but for masks whose columns are gathered (`index_add_`).
@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels import flash_attention_op as fused
 from scratchlm.kernels.attention import (
     PLAIN,
@@ -57,7 +58,8 @@ def flash_attention(
     *,
     tile: int = BLOCK,
 ) -> Mixed:
-    """FlashAttention-2: by Triton on CUDA, elsewhere by :func:`tiled_attention`.
+    """FlashAttention-2: by Triton on CUDA, on a CPU in C++ where that knows how (:mod:`~scratchlm.kernels.flash_attention_cpp`), elsewhere by
+    :func:`tiled_attention`.
 
     What is no matter of tiles goes elsewhere: the newest token alone and dropout to
     :func:`~scratchlm.kernels.attention.sdpa_attention`, a mask in parts to
@@ -81,6 +83,8 @@ def flash_attention(
         fused.say_once("attention_kernel = flash has no dropout; torch's attention computes it")
         return sdpa_attention(q, k, v, visible, scores)
     on_cuda = q.device.type == "cuda"
+    if not on_cuda and flash_attention_cpp.computes(q, k, v, visible, scores):
+        return fused.fused_attention(q, k, v, visible, scores)
     if not on_cuda and not torch.compiler.is_compiling():
         return tiled_attention(q, k, v, visible, scores, tile=tile)
     reason = fused.supports(visible, scores, q, k, v)

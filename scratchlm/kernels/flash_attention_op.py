@@ -1,4 +1,4 @@
-"""The Triton kernels of flash attention as operations of torch: what they can do, shapes without computing, FLOPs, gradients.
+"""The kernels of flash attention as operations of torch, Triton's and those in C++ for CPUs: what they can do, shapes without computing, FLOPs, gradients.
 
 As one operation each, forward and backward, they pass through torch.compile whole, run on tensors without memory, and are
 counted by torch's counter of FLOPs. Nothing here needs Triton before a kernel is really run, and where it cannot run (no Triton, no C
@@ -17,8 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
-from scratchlm.kernels.triton_here import runs_on, warn_once
+from scratchlm.kernels.triton_here import runs_on, takes, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
 if TYPE_CHECKING:
@@ -102,6 +103,14 @@ def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, 
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
 
 
+def _in_cpp(q: Tensor, v: Tensor, *options: Any) -> bool:
+    """Whether the kernels for CPUs compute this: they know none of the options."""
+    if q.device.type != "cpu" or takes(q.device) or any(option is not None for option in options):
+        return False
+    even = q.dtype != torch.bfloat16 or q.shape[-1] % 2 == v.shape[-1] % 2 == 0
+    return even and flash_attention_cpp.runs(q.dtype)
+
+
 @torch.library.custom_op("scratchlm::flash_attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -118,6 +127,8 @@ def _attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and, per query, L in units of log 2, fp32, (batch, heads, queries); +inf where nothing is read."""
+    if _in_cpp(q, v, slopes, sinks, documents, key_mask, soft_cap):
+        return flash_attention_cpp.forward(q, k, v, scale, window)
     if not runs_on(q.device, TILED):
         return _tiled_forward(q, k, v, slopes, sinks, documents, key_mask, scale, soft_cap, window)
     from scratchlm.kernels.flash_attention_triton import forward
@@ -149,6 +160,8 @@ def _backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, and D = rowsum(dO ∘ O), fp32, (batch, heads, queries)."""
+    if _in_cpp(q, v, slopes, documents, key_mask, soft_cap):
+        return flash_attention_cpp.backward(d_out, q, k, v, out, log_sums, scale, window)
     if not runs_on(q.device, TILED):
         return _tiled_backward(d_out, q, k, v, out, log_sums, slopes, documents, key_mask, scale, soft_cap, window)
     from scratchlm.kernels.flash_attention_triton_backward import backward

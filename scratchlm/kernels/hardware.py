@@ -46,6 +46,11 @@ def has_native_bf16(device_type: str) -> bool:
     return device_type == "cpu" and _cpu_has_bf16()
 
 
+def has_amx() -> bool:
+    """Whether the CPU multiplies whole tiles of bf16 at once (Intel's AMX)."""
+    return _cpu_says("_is_amx_tile_supported")
+
+
 def has_native_fp8(device: torch.device) -> bool:
     """Whether `device` multiplies 8-bit floating point natively: CUDA of compute capability 8.9 (Ada), 9.0 (Hopper) or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

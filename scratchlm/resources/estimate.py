@@ -73,7 +73,7 @@ def estimate(
     config = model_of(recipe)
     length = config.context_length
     device_type = "cuda" if on_cuda else "cpu" if machine is None or machine.is_cpu else "mps"
-    config = as_run_on(device_type, config, length, compiled)
+    config = as_run_on(device_type, config, length)
 
     steps = Steps(config, recipe.optim, recipe.train, device_type=device_type)
     options: dict[str, Any] = {"precision": precision, "compiled": compiled}

@@ -32,7 +32,7 @@ import scratchlm
 from scratchlm.config import Recipe
 from scratchlm.errors import UserError
 from scratchlm.files import file_hash, stable_hash, write_bytes
-from scratchlm.machine import find_compiler, main_memory, surely_no_accelerator
+from scratchlm.machine import find_compiler, main_memory, processor, surely_no_accelerator
 from scratchlm.processes import cores
 from scratchlm.resources.answer import Estimate
 from scratchlm.resources.measurement import default_path
@@ -43,7 +43,6 @@ MOST = 100
 """How many answers are kept; those not asked for the longest go first."""
 
 SWITCH = "SCRATCHLM_KEEP_ANSWERS"
-PROCESSOR = Path("/proc/cpuinfo")
 _ENVIRONMENT = ("SCRATCHLM_", "TORCH", "PYTORCH", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "CUDA_")
 """Variables that may have a say in what torch does begin with these."""
 
@@ -92,12 +91,7 @@ def _surroundings() -> Iterator[Any]:
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
         yield [torch.origin, _content(Path(torch.origin).with_name("version.py"))]
-    with suppress(OSError):
-        processor, _, _ = PROCESSOR.read_text(encoding="utf-8", errors="replace").partition("\n\n")
-        said = (
-            line for line in processor.splitlines() if line.startswith(("model name", "flags", "Features", "CPU "))
-        )
-        yield sorted(said)
+    yield processor()
     with suppress(OSError):
         yield default_path().read_text(encoding="utf-8", errors="replace")
     yield sorted(pair for pair in os.environ.items() if pair[0].startswith(_ENVIRONMENT))
@@ -106,7 +100,7 @@ def _surroundings() -> Iterator[Any]:
 def _sources(root: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name != "__pycache__"]
-        yield from (Path(place, name) for name in names if name.endswith((".py", ".toml", ".json")))
+        yield from (Path(place, name) for name in names if name.endswith((".py", ".cpp", ".toml", ".json")))
 
 
 def _content(path: Path) -> str:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from scratchlm.errors import UserError
 from scratchlm.evaluate.environment import describe_environment
+from scratchlm.kernels import flash_attention_cpp, flash_attention_op
+from scratchlm.kernels.attention import PLAIN
 from scratchlm.kernels.hardware import onednn_beats_mkl
 from scratchlm.progress import progress
 from scratchlm.resources.devices import cache_sizes, device_memory
@@ -431,21 +433,27 @@ def _elementwise(bench: _Bench, dtypes: Sequence[str]) -> tuple[Elementwise, ...
 _WIDTH = 512  # heads · head_dim
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fused attention that training takes here: ours or torch's."""
+    if flash_attention_cpp.is_the_way(q, k, v, None, PLAIN):
+        return flash_attention_op.fused_attention(q, k, v, None, PLAIN)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 def _attention(bench: _Bench, dtypes: Sequence[str]) -> tuple[Attention, ...]:
     tasks = []
     for dtype in dtypes:
         for length, head_dim in itertools.product(bench.plan.lengths, bench.plan.head_dims):
             batch, heads = max(bench.plan.tokens // length, 1), _WIDTH // head_dim
             shape = (batch, heads, length, head_dim)
-            q, k, v, gradient = (_random(math.prod(shape), dtype, bench.device).view(shape) for _ in range(4))
-            trained = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+            *qkv, gradient = (_random(math.prod(shape), dtype, bench.device).view(shape) for _ in range(4))
+            trained = [tensor.requires_grad_() for tensor in qkv]
 
-            def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-                F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            def forward(trained: list[Tensor] = trained) -> None:
+                _fused(*trained)
 
             def both(trained: list[Tensor] = trained, gradient: Tensor = gradient) -> None:
-                q, k, v = trained
-                torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), trained, gradient)
+                torch.autograd.grad(_fused(*trained), trained, gradient)
 
             for direction, run in (("forward", forward), ("forward+backward", both)):
                 facts = {

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from scratchlm.errors import UserError
 from scratchlm.files import read_json, write_bytes, write_json
+from scratchlm.machine import cache_folder
 from scratchlm.resources.devices import MEASURE, Device
 from scratchlm.section import Section, validate
 
@@ -242,9 +243,7 @@ def machine_title(device: torch.device) -> str:
 
 def default_path() -> Path:
     """Where a user's measurement lies: ``~/.cache/scratchlm/device.json``, or under ``$XDG_CACHE_HOME``."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return folder / "scratchlm" / "device.json"
+    return cache_folder() / "device.json"
 
 
 def load_measurement(path: str | os.PathLike[str] | None = None) -> Measurement:

@@ -25,19 +25,12 @@ def plan_of(config: ModelConfig, optim: OptimConfig, train: TrainConfig, *, devi
         optim, train: sections of the recipe.
         device_type: where it will run: attention, the loss and some norms need less memory on CUDA.
     """
-
-    prepared: dict[str, Steps] = {}  # attention may be another one where it is compiled
-
-    def steps_of(model: ModelConfig) -> Steps:
-        key = model.attention_kernel
-        if key not in prepared:
-            prepared[key] = Steps(model, optim, train, device_type=device_type)
-        return prepared[key]
+    model = as_run_on(device_type, config, config.context_length)
+    steps = Steps(model, optim, train, device_type=device_type)
 
     def need(micro_batch: int, parts: int, precision: str, compiled: bool) -> Need:
-        model = as_run_on(device_type, config, config.context_length, compiled)
         options: dict[str, Any] = {"precision": precision, "accumulation": parts, "compiled": compiled}
-        return steps_of(model).ask(
+        return steps.ask(
             lambda step: Need(step.peak(), step.bytes_of("optimizer state")), micro_batch=micro_batch, **options
         )
 

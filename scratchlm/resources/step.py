@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
-from scratchlm.kernels import adam, attention, cross_entropy, rotary, swiglu, triton_here
+from scratchlm.kernels import adam, attention, cross_entropy, flash_attention_cpp, rotary, swiglu, triton_here
 from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
@@ -60,12 +60,6 @@ class Step:
         return self.micro_batch * self.length
 
 
-def as_compiled_on_a_cpu(config: ModelConfig, length: int) -> ModelConfig:
-    """The same with what ``auto`` attention takes inside torch.compile on a CPU: blocks, for short sequences."""
-    short = config.attention_kernel == "auto" and config.kernels == "fast" and length <= SHORT_COMPILED
-    return config.model_copy(update={"attention_kernel": "blocked"}) if short else config
-
-
 def as_on_a_gpu(config: ModelConfig, length: int) -> ModelConfig:
     """The same with what ``auto`` attention takes on a GPU where it takes something else on a CPU: torch's kernel for short sequences, if all layers
     are causal. (One kernel is named for all layers: where masks are mixed, the causal layers stay traced as on a CPU.)"""
@@ -75,17 +69,16 @@ def as_on_a_gpu(config: ModelConfig, length: int) -> ModelConfig:
     return config.model_copy(update={"attention_kernel": "sdpa"}) if other else config
 
 
-def as_run_on(device_type: str, config: ModelConfig, length: int, compiled: bool) -> ModelConfig:
+def as_run_on(device_type: str, config: ModelConfig, length: int) -> ModelConfig:
     """The same with the attention that such a device takes, as far as a trace on a CPU would take another.
 
     Args:
         device_type: as torch calls it: ``cpu``, ``cuda`` (AMD's, too), ``mps``.
         config: the architecture.
         length: tokens per sequence.
-        compiled: whether the blocks go through torch.compile.
     """
     if device_type == "cpu":
-        return as_compiled_on_a_cpu(config, length) if compiled else config
+        return config
     if device_type == "cuda":  # its fused attention drops weights without keeping scores
         config = config.model_copy(update={"attention_dropout": 0.0})
     return as_on_a_gpu(config, length)
@@ -187,7 +180,7 @@ class Traceable:
             tracer = Tracer(computing.model, hollow=not self.real)
             self._watch_what_is_there(tracer, batch, computing.model)
             watch_gradients(tracer, self.model)
-        place = _as_on_cuda(compiled) if on_cuda else contextlib.nullcontext()
+        place = _as_on_cuda(compiled) if on_cuda else _as_there(compiled, cpu=self.device_type == "cpu")
         with uncollected(), tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
             tracer.phase = "forward"
             with computing.context():
@@ -261,6 +254,15 @@ def trace_step(
 
 
 @contextlib.contextmanager
+def _as_there(compiled: bool, *, cpu: bool) -> Iterator[None]:
+    """The choices of ``auto`` attention on a CPU, or on another device that is neither a CPU nor CUDA. Our kernels are not compiled to find out whether they could be."""
+    chosen = (lambda q: q.shape[-2] <= SHORT_COMPILED) if cpu and compiled else attention.goes_by_blocks
+    runs = flash_attention_cpp.is_worth_it if cpu else (lambda dtype: False)
+    with _replaced(attention, "goes_by_blocks", chosen), _replaced(flash_attention_cpp, "runs", runs):
+        yield
+
+
+@contextlib.contextmanager
 def _as_on_cuda(compiled: bool) -> Iterator[None]:
     """What keeps less on CUDA, or computes in another dtype, does so inside, on a CPU's tensors.
 
@@ -291,6 +293,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
         changes.enter_context(_replaced(newton_schulz, "in_batches", lambda _: True))
+        changes.enter_context(_replaced(flash_attention_cpp, "runs", lambda dtype: False))
         changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
         changes.enter_context(

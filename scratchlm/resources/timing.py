@@ -83,8 +83,8 @@ def product_shape(operation: Operation) -> tuple[int, int, int] | None:
 
 
 def is_attention(operation: Operation) -> bool:
-    """Whether it is a fused attention."""
-    return "scaled_dot_product" in operation.name
+    """Whether it is a fused attention, torch's or ours."""
+    return "scaled_dot_product" in operation.name or operation.name.startswith("flash_attention")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.resources.compiled import Flow, compiled, in_blocks, kept_for_backward
-from scratchlm.resources.step import CPU, Step, _as_on_cuda, as_compiled_on_a_cpu, trace_step
+from scratchlm.resources.step import CPU, Step, _as_on_cuda, trace_step
 from scratchlm.resources.trace import Operation, Phase, Storage, Trace
 from scratchlm.train.loss import NextTokenLoss
 from scratchlm.train.precision import autocast
@@ -27,6 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "bf16": ({}, "bf16"),
     "three layers, bf16": ({"layers": 3, "d_model": 128}, "bf16"),
     "flash attention": ({"attention_kernel": "sdpa"}, "bf16"),
+    "what the machine takes": ({"attention_kernel": "auto"}, "fp32"),
     "gpt-2's choices": ({"norm": "layernorm", "feedforward": "gelu_tanh", "position": "learned"}, "fp32"),
     "latent attention": ({"attention": "mla", "latent": {"kv_rank": 32, "rope_dim": 8}}, "bf16"),
     "few keys, norms of queries": ({"kv_heads": 2, "qk_norm": "head"}, "fp32"),
@@ -35,8 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def config_of(fields: dict[str, Any]) -> ModelConfig:
-    config = ModelConfig(**{**BASE, **fields})
-    return as_compiled_on_a_cpu(config, config.context_length)
+    """What a CPU without kernels of ours computes, unless the kernel is named."""
+    return ModelConfig(**{**BASE, "attention_kernel": "blocked", **fields})
 
 
 def traced(config: ModelConfig, precision: str, **options: Any) -> Step:

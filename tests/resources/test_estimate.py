@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from scratchlm.config import Recipe
+from scratchlm.kernels import flash_attention_cpp
 from scratchlm.model import presets
 from scratchlm.model.draw.hollow import hollow
 from scratchlm.resources.answer import collapsed
@@ -21,7 +23,7 @@ from scratchlm.resources.estimate import (
     model_of,
     vocabulary,
 )
-from scratchlm.resources.step import Traceable, as_compiled_on_a_cpu, as_on_a_gpu, trace_step
+from scratchlm.resources.step import Traceable, as_on_a_gpu, trace_step
 from scratchlm.resources.timing import Datasheet
 
 SMALL: dict[str, Any] = {"vocab_size": 400, "context_length": 64, "d_model": 48, "layers": 3, "heads": 4}
@@ -241,20 +243,33 @@ def test_an_mfu_on_a_large_model_is_what_the_assumptions_say() -> None:
     assert 0.2 < found.time.model_flops_per_second / h100.device.peak("bf16") < 0.7
 
 
-def test_inside_a_compiler_a_cpu_takes_attention_in_blocks() -> None:
-    given = recipe(model={"context_length": 512})
-    cpu = Datasheet(find("h100").model_copy(update={"kind": "cpu"}))
-    times = [
-        estimate(given, precision="fp32", machine=machine, compiled=True, savings=False).time
-        for machine in (cpu, Datasheet(find("h100")))
-    ]
-    assert times[0] is not None and times[1] is not None
-    assert times[0].step != times[1].step  # other operations
-    config = model_of(given)
-    assert as_compiled_on_a_cpu(config, 512).attention_kernel == "blocked"
-    assert as_compiled_on_a_cpu(config, 2048) is config
-    named = config.model_copy(update={"attention_kernel": "sdpa"})
-    assert as_compiled_on_a_cpu(named, 512) is named
+def _attention(length: int, *, compiled: bool, precision: str = "fp32", kind: str = "cpu") -> set[str]:
+    """Names of the operations of attention in an estimate."""
+    machine = Datasheet(find("h100").model_copy(update={"kind": kind}))
+    options: dict[str, Any] = {"precision": precision, "machine": machine, "compiled": compiled, "savings": False}
+    found = estimate(recipe(model={"context_length": length}), on_cuda=kind == "cuda", **options)
+    return {operation.name for operation in found.operations if "attention" in operation.component}
+
+
+def test_inside_a_compiler_a_cpu_takes_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention_cpp, "is_worth_it", lambda dtype: False)
+    assert "bmm" in _attention(512, compiled=True)
+    for names in (_attention(2048, compiled=True), _attention(512, compiled=False)):
+        assert "bmm" not in names and any("scaled_dot_product" in name for name in names)
+
+
+def test_where_our_kernels_run_an_estimate_has_them_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("an estimate builds nothing")
+
+    monkeypatch.setattr(flash_attention_cpp.cpp_here, "built", refuse)
+    monkeypatch.setattr(flash_attention_cpp, "library", refuse)
+    monkeypatch.setattr(flash_attention_cpp, "is_worth_it", lambda dtype: dtype == torch.float32)
+    for compiled in (True, False):
+        names = _attention(64, compiled=compiled)
+        assert {"flash_attention", "flash_attention_backward"} <= names and "bmm" not in names
+    assert "flash_attention" not in _attention(64, compiled=False, precision="bf16")
+    assert "flash_attention" not in _attention(64, compiled=False, kind="cuda")
 
 
 @pytest.mark.parametrize(

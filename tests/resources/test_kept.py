@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from scratchlm import machine
 from scratchlm.cli import main
 from scratchlm.config import Recipe, load_recipe
 from scratchlm.errors import UserError
@@ -125,7 +126,8 @@ def test_every_part_of_a_question_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for said in ("model name : one\n\nsecond core", "flags : avx512\n\nsecond core", ""):
         (tmp_path / "cpuinfo").write_text(said, encoding="utf-8")
         with monkeypatch.context() as one:
-            one.setattr(kept, "PROCESSOR", tmp_path / "cpuinfo")
+            one.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
+            one.setattr(kept, "processor", machine.processor.__wrapped__)
             others.append(kept.name_of(recipe(), options, None))
     for version in ("2.13.0", "2.14.0"):
         (tmp_path / "version.py").write_text(version, encoding="utf-8")

@@ -488,18 +488,25 @@ def test_the_command_keeps_other_files(tmp_path: Path, capfd: pytest.CaptureFixt
     assert path.read_text(encoding="utf-8") == '{"mine": 1}'
 
 
-def test_the_backward_pass_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both directions compute what they say: with and without gradients."""
-    seen: list[bool] = []
-    real = F.scaled_dot_product_attention
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_backward_pass_of_what_training_takes_is_run(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction computes no gradients, the other does, of our attention where training takes it and of torch's elsewhere."""
+    forwards, backwards = [], []
+    theirs, own = F.scaled_dot_product_attention, bench.flash_attention_op.fused_attention
 
-    def watched(*arguments: Any, is_causal: bool) -> torch.Tensor:
-        assert is_causal
-        result = real(*arguments, is_causal=is_causal)
-        seen.append(result.requires_grad)
+    def watched(result: torch.Tensor, whose: str) -> torch.Tensor:
+        forwards.append(whose)
+        result.register_hook(lambda _: backwards.append(whose))
         return result
 
-    monkeypatch.setattr(bench.F, "scaled_dot_product_attention", watched)
+    def torchs(*given: Any, is_causal: bool) -> torch.Tensor:
+        assert is_causal
+        return watched(theirs(*given, is_causal=is_causal), "torch's")
+
+    monkeypatch.setattr(bench.F, "scaled_dot_product_attention", torchs)
+    monkeypatch.setattr(bench.flash_attention_op, "fused_attention", lambda *given: watched(own(*given), "ours"))
+    monkeypatch.setattr(bench.flash_attention_cpp, "is_the_way", lambda *_: ours)
     results = bench._attention(timer(lengths=(16,), tokens=16, rounds=1), ("fp32",))
-    assert set(seen) == {False, True}
+    assert set(forwards) == set(backwards) == {"ours" if ours else "torch's"}
+    assert 0 < len(backwards) < len(forwards)
     assert all(isinstance(result, Attention) for result in results)

@@ -1,0 +1,96 @@
+"""Kernels in C++: compiled for this machine's processor at first use, a second or two, and kept on disk.
+
+::
+
+    source + compiler + flags + processor ──hash──►  ~/.cache/scratchlm/kernels/<name>-<hash>.so     (may be deleted at any time)
+
+Plain functions of addresses and sizes, called through ctypes, which lets other Python threads go on meanwhile. Parallel loops are OpenMP's: a
+library loaded after torch finds torch's own threads. Where there is no compiler, or one without OpenMP, nothing of this is offered, and torch
+does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from scratchlm.errors import UserError
+from scratchlm.files import stable_hash, write_bytes
+from scratchlm.kernels.triton_here import warn_once
+from scratchlm.machine import cache_folder, find_compiler, processor
+
+FLAGS = ("-O2", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+SWITCH = "SCRATCHLM_CPP"
+"""0 in the environment: no kernel in C++ is compiled or used."""
+
+PATIENCE = 120
+"""Seconds after which a compiler is given up."""
+
+
+class NoKernel(Exception):
+    """Why a kernel cannot be had on this machine."""
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The compiler that builds kernels; None: there is none, it is switched off, or this is not Linux, where alone it was tried."""
+    if os.environ.get(SWITCH) == "0" or sys.platform != "linux":
+        return None
+    return find_compiler()
+
+
+def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library that a source file makes.
+
+    Args:
+        source: one file, which includes nothing of this project.
+        defines: names defined for its preprocessor, as ``BF16`` or ``VECTOR=4``.
+
+    Raises:
+        NoKernel: there is no compiler, it fails, or what it made cannot be loaded.
+    """
+    by = compiler()
+    if by is None:
+        raise NoKernel("there is no C++ compiler ($CXX, g++, c++, clang++)")
+    flags = [*FLAGS, *(f"-D{name}" for name in defines)]
+    text = source.read_bytes()
+    its = Path(by).stat()
+    ground = [text.decode(), by, its.st_mtime_ns, its.st_size, flags, list(processor())]
+    kept = None
+    with suppress(RuntimeError, OSError):  # no home, or a broken file: it is made anew
+        kept = cache_folder() / "kernels" / f"{source.stem}-{stable_hash(ground)}.so"
+        if kept.exists():
+            return ctypes.CDLL(str(kept))
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "kernel.so"
+        _compile([by, *flags, "-o", str(made), str(source)])
+        with suppress(UserError):  # nothing can be kept: the next process makes it again
+            if kept is not None:
+                write_bytes(kept, made.read_bytes())
+        try:
+            return ctypes.CDLL(str(made))
+        except OSError as error:
+            raise NoKernel(f"what {by} made cannot be loaded: {error}") from error
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernel(f"{command[0]} fails: {error}") from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        raise NoKernel(f"{command[0]} fails: {said[0]}")
+
+
+def or_told(what: str, error: NoKernel) -> None:
+    """A warning, once in a process, if a compiler is there and fails; that there is none, a run says by itself."""
+    if compiler() is not None:
+        warn_once(f"{what}: {error}")
