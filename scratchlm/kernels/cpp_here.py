@@ -2,7 +2,7 @@
 
 ::
 
-    source + compiler + flags + processor ──hash──►  ~/.cache/scratchlm/kernels/<name>-<hash>.so     (may be deleted at any time)
+    sources + compiler + flags + processor ──hash──►  ~/.cache/scratchlm/kernels/<name>-<hash>.so     (may be deleted at any time)
 
 Plain functions of addresses and sizes, called through ctypes, which lets other Python threads go on meanwhile. Parallel loops are OpenMP's: a
 library loaded after torch finds torch's own threads. Where there is no compiler, or one without OpenMP, nothing of this is offered, and torch
@@ -50,7 +50,7 @@ def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """The library that a source file makes.
 
     Args:
-        source: one file, which includes nothing of this project.
+        source: one file, which may include headers that lie beside it.
         defines: names defined for its preprocessor, as ``BF16`` or ``VECTOR=4``.
 
     Raises:
@@ -60,9 +60,9 @@ def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     if by is None:
         raise NoKernel("there is no C++ compiler ($CXX, g++, c++, clang++)")
     flags = [*FLAGS, *(f"-D{name}" for name in defines)]
-    text = source.read_bytes()
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     its = Path(by).stat()
-    ground = [text.decode(), by, its.st_mtime_ns, its.st_size, flags, list(processor())]
+    ground = [texts, by, its.st_mtime_ns, its.st_size, flags, list(processor())]
     kept = None
     with suppress(RuntimeError, OSError):  # no home, or a broken file: it is made anew
         kept = cache_folder() / "kernels" / f"{source.stem}-{stable_hash(ground)}.so"

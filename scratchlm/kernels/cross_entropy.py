@@ -2,7 +2,7 @@
 
 Two implementations of head + cross-entropy. The reference computes all logits. The chunked one walks over blocks of
 rows and computes each block's loss and gradient at once, so that the (tokens × vocabulary) logits never exist as a whole
-and the backward pass has nothing left to do but scale. On a GPU a kernel of its own (`cross_entropy_triton.py`) does so in place.
+and the backward pass has nothing left to do but scale. Kernels of its own do so in place: on a GPU `cross_entropy_triton.py`, on a CPU `cross_entropy_cpp.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scratchlm.kernels import cross_entropy_cpp
 from scratchlm.kernels.functions import soft_cap
 from scratchlm.kernels.triton_here import DTYPES, computes, runs_on
 
@@ -119,14 +120,16 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, HeadOptions], tup
 
 
 def _kernel_for(
-    device: torch.device, dtype: torch.dtype, compiled: bool, wants_gradient: bool
+    device: torch.device, dtype: torch.dtype, options: HeadOptions, compiled: bool, wants_gradient: bool
 ) -> Callable[[Tensor, Tensor, HeadOptions], tuple[Tensor, Tensor, Tensor]]:
-    """What computes a block's loss and gradient: Triton where it runs, whether or not the rest is compiled."""
+    """What computes a block's loss and gradient: Triton where it runs, C++ where that is for it, whether or not the rest is compiled."""
     known = dtype in DTYPES
     if known and runs_on(device, IN_TORCH):
         from scratchlm.kernels.cross_entropy_triton import loss_and_gradient
 
         return functools.partial(loss_and_gradient, wants_gradient=wants_gradient)
+    if wants_gradient and cross_entropy_cpp.is_offered(device, dtype, options) and cross_entropy_cpp.runs(dtype):
+        return cross_entropy_cpp.loss_and_gradient
     return _compiled_loss_and_gradient() if compiled else _loss_and_gradient
 
 
@@ -200,7 +203,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        kernel = _kernel_for(x.device, dtype, compiled, wants_gradient)
+        kernel = _kernel_for(x.device, dtype, options, compiled, wants_gradient)
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         objective = torch.zeros((), dtype=wide, device=x.device)
         nats = torch.zeros((), dtype=wide, device=x.device)
@@ -254,7 +257,7 @@ def chunked_linear_cross_entropy(
            ├─ block 1 ─► …                                                                 instead of tokens × vocabulary
            └─ …
 
-    Where Triton runs, a block's logits become their gradient in place: the peak is one block in the products' dtype.
+    Where Triton runs, or a kernel in C++, a block's logits become their gradient in place: the peak is one block in the products' dtype.
 
     Args:
         x: last hidden states; computed in autocast's dtype where autocast is on.

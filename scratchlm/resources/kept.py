@@ -100,7 +100,7 @@ def _surroundings() -> Iterator[Any]:
 def _sources(root: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name != "__pycache__"]
-        yield from (Path(place, name) for name in names if name.endswith((".py", ".cpp", ".toml", ".json")))
+        yield from (Path(place, name) for name in names if name.endswith((".py", ".cpp", ".h", ".toml", ".json")))
 
 
 def _content(path: Path) -> str:

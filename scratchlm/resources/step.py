@@ -14,7 +14,16 @@ from torch import Tensor
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
-from scratchlm.kernels import adam, attention, cross_entropy, flash_attention_cpp, rotary, swiglu, triton_here
+from scratchlm.kernels import (
+    adam,
+    attention,
+    cross_entropy,
+    cross_entropy_cpp,
+    flash_attention_cpp,
+    rotary,
+    swiglu,
+    triton_here,
+)
 from scratchlm.kernels.attention import SHORT_COMPILED, SHORT_TRAINED
 from scratchlm.model import choices
 from scratchlm.model.config import ModelConfig
@@ -180,7 +189,8 @@ class Traceable:
             tracer = Tracer(computing.model, hollow=not self.real)
             self._watch_what_is_there(tracer, batch, computing.model)
             watch_gradients(tracer, self.model)
-        place = _as_on_cuda(compiled) if on_cuda else _as_there(compiled, cpu=self.device_type == "cpu")
+        in_place = on_cuda or (self.device_type == "cpu" and self._loss_is_in_place(precision, loss))
+        place = _as_on_cuda(compiled) if on_cuda else _as_there(compiled, in_place, cpu=self.device_type == "cpu")
         with uncollected(), tracer, place, _few_blocks() if for_peak else contextlib.nullcontext():
             tracer.phase = "forward"
             with computing.context():
@@ -201,9 +211,14 @@ class Traceable:
                 update.apply()
         params = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         trace = tracer.trace
-        fused_loss = loss.kernel == "chunked" and not on_cuda  # on CUDA it is one kernel in the trace already
+        fused_loss = loss.kernel == "chunked" and not in_place  # that is one kernel in the trace already
         memory = as_compiled(trace, fused_loss=fused_loss) if compiled else trace
         return Step(trace, memory, micro_batch, length, accumulation, precision, params)
+
+    def _loss_is_in_place(self, precision: str, loss: NextTokenLoss) -> bool:
+        """Whether a kernel of ours puts the gradient in the logits' place on this machine's CPU."""
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return loss.kernel == "chunked" and cross_entropy_cpp.is_offered(CPU, dtype, loss.options)
 
     def _clip(self) -> None:
         """As :func:`scratchlm.optim.clip_grad_norm` where the norm is too large: only numbers could say that it is not."""
@@ -254,11 +269,17 @@ def trace_step(
 
 
 @contextlib.contextmanager
-def _as_there(compiled: bool, *, cpu: bool) -> Iterator[None]:
-    """The choices of ``auto`` attention on a CPU, or on another device that is neither a CPU nor CUDA. Our kernels are not compiled to find out whether they could be."""
+def _as_there(compiled: bool, loss_in_place: bool, *, cpu: bool) -> Iterator[None]:
+    """The choices of ``auto`` attention and of the loss on a CPU, or on another device that is neither a CPU nor CUDA. Our kernels are not compiled to
+    find out whether they could be."""
     chosen = (lambda q: q.shape[-2] <= SHORT_COMPILED) if cpu and compiled else attention.goes_by_blocks
     runs = flash_attention_cpp.is_worth_it if cpu else (lambda dtype: False)
-    with _replaced(attention, "goes_by_blocks", chosen), _replaced(flash_attention_cpp, "runs", runs):
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(_replaced(attention, "goes_by_blocks", chosen))
+        changes.enter_context(_replaced(flash_attention_cpp, "runs", runs))
+        changes.enter_context(_replaced(cross_entropy_cpp, "runs", lambda dtype: False))
+        if loss_in_place:
+            changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place_on_a_cpu))
         yield
 
 
@@ -293,7 +314,8 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
         changes.enter_context(_replaced(newton_schulz, "in_batches", lambda _: True))
-        changes.enter_context(_replaced(flash_attention_cpp, "runs", lambda dtype: False))
+        for kernels in (flash_attention_cpp, cross_entropy_cpp):
+            changes.enter_context(_replaced(kernels, "runs", lambda dtype: False))
         changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
         changes.enter_context(
@@ -317,6 +339,12 @@ def _in_place(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, 
     wide = torch.float32 if products.dtype in (torch.bfloat16, torch.float16) else products.dtype
     nats = torch.zeros(targets.shape, dtype=wide, device=products.device).sum()
     return nats.clone(), nats, products.sub_(targets.unsqueeze(-1))
+
+
+def _in_place_on_a_cpu(products: Tensor, targets: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in C++, where exponentials take their time."""
+    nats = torch.zeros(targets.shape, dtype=torch.float32).sum()
+    return nats.clone(), nats, products.exp_()
 
 
 def _times(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+import scratchlm.kernels.flash_attention_op
 import scratchlm.kernels.moe
 import scratchlm.kernels.wide_product  # noqa: F401  (they register products of ours)
 from scratchlm.resources.hollow_tensor import Hollow, tensors_in, without_numbers

@@ -192,7 +192,7 @@ def test_what_can_neither_be_kept_nor_computed_is_an_error() -> None:
 def test_a_compiled_step_holds_less(precision: str, accumulation: int) -> None:
     step = traced(config_of({}), precision, accumulation=accumulation)
     eager = traced(config_of({}), precision, accumulation=accumulation).trace
-    assert step.memory.peak()[1] < 0.85 * eager.peak()[1]
+    assert step.memory.peak()[1] < 0.9 * eager.peak()[1]
     for kind in ("weights", "gradients", "optimizer state"):
         sizes = [sum(s.size for s in trace.storages if s.kind == kind) for trace in (step.memory, eager)]
         assert sizes[0] == sizes[1] > 0

@@ -310,3 +310,19 @@ def test_vocabulary_and_names() -> None:
     assert vocabulary(Recipe(model={**SMALL, "vocab_size": 0}, tokenizer={"vocab_size": 777})) == 777
     assert collapsed("blocks.11.attention.qkv") == "blocks.*.attention.qkv" and collapsed("") == "head and loss"
     assert collapsed("predictions.0.block.attention") == "predictions.*.block.attention"
+
+
+@pytest.mark.parametrize("changes", [{}, {"logit_soft_cap": 5.0}])
+def test_the_loss_of_a_cpu_with_a_compiler_is_in_place(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass over a block of logits, and no second block beside it; with a soft cap, which that kernel lacks, as without a compiler."""
+    given = recipe(model={"vocab_size": 5000, **changes}, train={"batch_size": 16})
+    names, peaks = [], []
+    for compiler in ("c++", None):
+        monkeypatch.setattr(flash_attention_cpp.cpp_here, "compiler", lambda compiler=compiler: compiler)
+        found = estimate(given, precision="fp32", savings=False)
+        names.append({operation.name for operation in found.operations if operation.component == "head and loss"})
+        peaks.append(found.memory.peak)
+    assert ("exp_" in names[0]) == (not changes) and "exp_" not in names[1] and "exp" in names[1]
+    assert peaks[1] > peaks[0] + 1000 * 5000 * 4 or changes
