@@ -115,7 +115,7 @@ void turned(const typename Kind::number* x, ptrdiff_t token, ptrdiff_t length, p
 // (length words × width), rows in pairs for bf16: word (j, d) holds x[2j][d] and x[2j + 1][d]. What is beyond either end is 0.
 template <class Kind>
 void paired(const typename Kind::number* x, ptrdiff_t token, ptrdiff_t length, ptrdiff_t width, uint32_t* to, ptrdiff_t to_row) {
-    if (Kind::PER_WORD == 1) {
+    if constexpr (Kind::PER_WORD == 1) {
         for (ptrdiff_t t = 0; t < length; ++t) {
             std::memcpy(to + t * to_row, x + t * token, width * 4);
             std::memset(to + t * to_row + width, 0, (to_row - width) * 4);
@@ -127,9 +127,11 @@ void paired(const typename Kind::number* x, ptrdiff_t token, ptrdiff_t length, p
         const auto* second = x + (t + 1) * token;
         uint32_t* row = to + t / 2 * to_row;
         const bool both = t + 1 < length;
-        for (ptrdiff_t d = 0; d < width; ++d)
-            row[d] = (uint32_t)first[d] | (both ? (uint32_t)second[d] << 16 : 0u);
-        for (ptrdiff_t d = width; d < to_row; ++d) row[d] = 0;
+        ptrdiff_t d = 0;
+        for (; both && d + WIDTH <= width; d += WIDTH)
+            store(row + d, as_words(Kind::widened(first + d)) >> 16 | as_words(Kind::widened(second + d)));
+        for (; d < width; ++d) row[d] = (uint32_t)first[d] | (both ? (uint32_t)second[d] << 16 : 0u);
+        for (; d < to_row; ++d) row[d] = 0;
     }
 }
 

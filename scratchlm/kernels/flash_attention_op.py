@@ -87,7 +87,10 @@ def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor
 
 
 def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
-    """Attention by the Triton kernels, for what :func:`supports` has no objection to; shapes as in `flash_attention`."""
+    """Attention by the kernels, for what :func:`supports`, or on a CPU `flash_attention_cpp`, has no objection to; shapes as in `flash_attention`."""
+    if not _watched() and flash_attention_cpp.computes(q, k, v, visible, scores):
+        within = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
+        return flash_attention_cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), within)
     lead = q.shape[:-3]
     if q.ndim != 4:
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
@@ -101,6 +104,11 @@ def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, 
     given = scores.slopes, scores.sinks, documents, first, last, key_mask
     out: Tensor = _attention(q, k, v, *given, scores.scale_of(q.shape[-1]), scores.soft_cap, window)[0]
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
+
+
+def _watched() -> bool:
+    """Whether somebody looks at torch's operations as they are called."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _in_cpp(q: Tensor, v: Tensor, *options: Any) -> bool:

@@ -15,6 +15,7 @@ from flash_cases import Case, answer, exact, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from scratchlm.kernels import cpp_here
 from scratchlm.kernels import flash_attention_cpp as cpp
@@ -36,19 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visibility | None, score
     """The kernels by themselves, also where another way would be faster."""
     assert cpp.objection(q, k, v, visible, scores) is None
     window = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
-
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
-            out, sums = cpp.forward(q, k, v, scores.scale_of(q.shape[-1]), window)
-            ctx.save_for_backward(q, k, v, out, sums)
-            return out
-
-        @staticmethod
-        def backward(ctx, d_out):  # type: ignore[no-untyped-def]
-            return cpp.backward(d_out, *ctx.saved_tensors, scores.scale_of(q.shape[-1]), window)[:3]
-
-    return Direct.apply(q, k, v)  # type: ignore[no-any-return,no-untyped-call]
+    return cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), window)
 
 
 @st.composite
@@ -255,6 +244,17 @@ def test_under_autocast_fp32_is_left_to_the_others(counted: list[str]) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         auto_attention(q, k, v)
     assert counted == []
+
+
+def test_who_watches_sees_an_operation() -> None:
+    """A counter of FLOPs gets what it counts for torch's kernel: all pairs, and two and a half times as much backward."""
+    q, k, v = _training()
+    with FlopCounterMode(display=False) as counter:
+        auto_attention(q, k, v).sum().backward()
+    assert counter.get_total_flops() == 4 * 37**2 * 16 * q.shape[0] * 2 * 3.5
+    with torch.profiler.profile() as quiet:
+        auto_attention(q, k, v).sum().backward()
+    assert not any("flash_attention" in event.key for event in quiet.key_averages())
 
 
 def test_a_compiled_graph_calls_it(counted: list[str]) -> None:
