@@ -207,5 +207,5 @@ def attention(q: Queries, k: Keys, v: Values, scale: float, window: int | None) 
     Raises:
         NoKernel: there is none for the dtype.
     """
-    mixed: Tensor = FlashAttention.apply(q, k, v, scale, window)  # type: ignore[no-untyped-call]
+    mixed: Tensor = FlashAttention.apply(q, k, v, scale, window)
     return mixed
