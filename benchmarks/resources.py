@@ -231,7 +231,7 @@ def traced(given: dict[str, Any], device_type: str = "cpu") -> Any:
 
     config, optim, train = sections(given)
     return trace_step(
-        as_run_on(device_type, config, config.context_length, given["compile"]),
+        as_run_on(device_type, config, config.context_length),
         optim,
         train,
         device_type=device_type,

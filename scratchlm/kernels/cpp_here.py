@@ -16,6 +16,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,9 @@ from scratchlm.files import stable_hash, write_bytes
 from scratchlm.kernels.triton_here import warn_once
 from scratchlm.machine import cache_folder, find_compiler, processor
 
-FLAGS = ("-O2", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+"""Products and sums are only joined where a kernel says so: in x · scale − m, where m is such a product, rounded, joining would leave what rounding took."""
+
 SWITCH = "SCRATCHLM_CPP"
 """0 in the environment: no kernel in C++ is compiled or used."""
 
@@ -47,7 +50,7 @@ def compiler() -> str | None:
 
 
 def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library that a source file makes.
+    """The library that a source file makes; what failed once in a process is not tried again.
 
     Args:
         source: one file, which may include headers that lie beside it.
@@ -56,6 +59,27 @@ def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     Raises:
         NoKernel: there is no compiler, it fails, or what it made cannot be loaded.
     """
+    found = _tried(source, tuple(defines))
+    if isinstance(found, NoKernel):
+        raise found
+    return found
+
+
+_ONE_BY_ONE = threading.Lock()
+
+
+@functools.cache
+def _tried(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | NoKernel:
+    try:
+        with _ONE_BY_ONE:
+            return _built(source, defines)
+    except NoKernel as error:
+        return error
+    except OSError as error:  # no folder for temporary files, a compiler that is gone …
+        return NoKernel(str(error))
+
+
+def _built(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
     by = compiler()
     if by is None:
         raise NoKernel("there is no C++ compiler ($CXX, g++, c++, clang++)")
@@ -71,13 +95,11 @@ def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     with TemporaryDirectory() as folder:
         made = Path(folder) / "kernel.so"
         _compile([by, *flags, "-o", str(made), str(source)])
-        with suppress(UserError):  # nothing can be kept: the next process makes it again
+        with suppress(UserError, OSError):  # nothing can be kept: the next process makes it again
             if kept is not None:
                 write_bytes(kept, made.read_bytes())
-        try:
-            return ctypes.CDLL(str(made))
-        except OSError as error:
-            raise NoKernel(f"what {by} made cannot be loaded: {error}") from error
+                return ctypes.CDLL(str(kept))
+        return ctypes.CDLL(str(made))
 
 
 def _compile(command: list[str]) -> None:
@@ -86,7 +108,12 @@ def _compile(command: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoKernel(f"{command[0]} fails: {error}") from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        lines = done.stderr.splitlines()
+        said = (
+            [line for line in lines if "cannot find" in line]
+            or [line for line in lines if "error" in line]
+            or ["no message"]
+        )
         raise NoKernel(f"{command[0]} fails: {said[0]}")
 
 

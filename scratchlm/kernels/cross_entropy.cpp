@@ -52,12 +52,11 @@ Row loss_of(typename Kind::number* logits, ptrdiff_t vocab, int64_t target, floa
 template <class Kind>
 int64_t losses(
     typename Kind::number* logits, const int64_t* targets, int64_t rows, int64_t vocab, int64_t ignored, float factor,
-    float z_loss, bool gradient, float* nats, float* objective, int threads) {
+    float z_loss, bool gradient, float* nats, float* objective, void* memory, int threads) {
     int64_t strange = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : strange)
     {
-        Workspace space(up(vocab, WIDTH) * sizeof(float) + 64);
-        float* waiting = space.take<float>(up(vocab, WIDTH));
+        float* waiting = static_cast<float*>(memory) + omp_get_thread_num() * up(vocab, 16);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
             nats[r] = objective[r] = 0.0f;
@@ -83,12 +82,12 @@ int64_t losses(
 extern "C" {
 
 // logits: (rows, vocab), each row behind the other; they become their gradient, if `gradient`. nats, objective: per row, are written.
-// Returns how many targets are none of the vocabulary's and not `ignored`: their rows are left as they were.
+// memory: vocab numbers of fp32 per thread, up to a multiple of 16. Returns how many targets are none of the vocabulary's and not `ignored`: their rows are left as they were.
 int64_t cross_entropy(
     void* logits, const int64_t* targets, int64_t rows, int64_t vocab, int64_t ignored, float factor, float z_loss,
-    int gradient, float* nats, float* objective, int threads) {
+    int gradient, float* nats, float* objective, void* memory, int threads) {
     return losses<Chosen>(
         static_cast<Chosen::number*>(logits), targets, rows, vocab, ignored, factor, z_loss, gradient != 0, nats, objective,
-        threads);
+        memory, threads);
 }
 }

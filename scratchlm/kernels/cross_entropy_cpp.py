@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,12 +35,17 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         NoKernel: it cannot be had here.
     """
     found = cpp_here.built(SOURCE, ["BF16"] if dtype == torch.bfloat16 else [])
-    found.cross_entropy.restype = ctypes.c_int64
+    try:
+        found.cross_entropy.restype = ctypes.c_int64
+    except AttributeError as error:
+        raise NoKernel(str(error)) from error
     return found
 
 
 def is_offered(device: torch.device, dtype: torch.dtype, options: HeadOptions) -> bool:
     """Whether the kernel is for this, if it can be compiled. Nothing is compiled to find out."""
+    if torch.compiler.is_compiling():  # a graph has the formula
+        return False
     on_cpu = device.type == "cpu" and not triton_here.takes(device) and cpp_here.compiler() is not None
     return on_cpu and dtype in DTYPES and options.soft_cap is None and options.scale > 0
 
@@ -66,7 +71,7 @@ def loss_and_gradient(
 
     Args:
         products: bf16 or fp32, contiguous. Overwritten.
-        targets: int64; IGNORE_INDEX counts for nothing.
+        targets: whole numbers, (rows,) or what spreads over them; IGNORE_INDEX counts for nothing.
         options: scale and z-loss; no soft cap.
         wants_gradient: without it the logits stay.
 
@@ -74,18 +79,32 @@ def loss_and_gradient(
         IndexError: a target is none of the vocabulary's.
         NoKernel: there is none for the dtype.
     """
+    sums = _sums(products.contiguous(), targets, options.scale, options.z_loss, wants_gradient)
+    loss, total = sums.sum(dim=1)
+    return total, loss, products
+
+
+@torch.library.custom_op("scratchlm::loss_and_gradient_", mutates_args=("products",))
+def _sums(products: Tensor, targets: Tensor, scale: float, z_loss: float, wants_gradient: bool) -> Tensor:
+    """Cross-entropy and objective per row, fp32, (2, rows); an operation, so that who watches sees it."""
     from scratchlm.kernels.cross_entropy import IGNORE_INDEX
 
     kernel = library(products.dtype).cross_entropy
     rows, vocab = products.shape
-    products, targets = products.contiguous(), targets.contiguous()
-    nats, objective = sums = torch.empty(2, rows, dtype=torch.float32)
-    numbers = ctypes.c_float(options.scale), ctypes.c_float(options.z_loss), int(wants_gradient)
+    targets = targets.to(torch.int64).expand(rows).contiguous()
+    sums = torch.empty(2, rows, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    memory = torch.empty(threads, (vocab + 15) // 16 * 16, dtype=torch.float32)
+    numbers = ctypes.c_float(scale), ctypes.c_float(z_loss), int(wants_gradient)
     sizes = ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_int64(IGNORE_INDEX)
     given = ctypes.c_void_p(products.data_ptr()), ctypes.c_void_p(targets.data_ptr())
-    made = ctypes.c_void_p(nats.data_ptr()), ctypes.c_void_p(objective.data_ptr())
-    strange = kernel(*given, *sizes, *numbers, *made, torch.get_num_threads())
+    made = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (*sums, memory))
+    strange = kernel(*given, *sizes, *numbers, *made, threads)
     if strange:
         raise IndexError(f"{strange} of {rows} targets are no tokens of the vocabulary of {vocab}")
-    loss, total = sums.sum(dim=1)
-    return total, loss, products
+    return sums
+
+
+@_sums.register_fake
+def _(products: Tensor, *_: Any) -> Tensor:
+    return products.new_empty(2, products.shape[0], dtype=torch.float32)

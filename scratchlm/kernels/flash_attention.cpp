@@ -316,7 +316,7 @@ void backward_head(
                 const auto* other = out.of(b, h) + (i0 + r) * out.token;
                 floats total{};
                 ptrdiff_t d = 0;
-                for (; d + WIDTH <= s.value_width; d += WIDTH) total += Kind::widened(one + d) * Kind::widened(other + d);
+                for (; d + WIDTH <= s.value_width; d += WIDTH) total = fused(Kind::widened(one + d), Kind::widened(other + d), total);
                 float scalar = sum_of(total);
                 for (; d < s.value_width; ++d) scalar += Kind::widened(one[d]) * Kind::widened(other[d]);
                 rest[r] = scalar;
@@ -359,44 +359,50 @@ void backward_head(
     }
 }
 
-// Bytes that one thread needs, forward or backward, with room for what alignment takes.
-size_t workspace(const Sizes& s) {
-    const size_t longest = up(s.keys, WIDTH), wide = up(s.width, WIDTH), v_wide = up(s.value_width, WIDTH);
-    return 4 * (longest * 3 * (wide + v_wide) + ROWS * (2 * (wide + v_wide) + 3 * COLUMNS)) + 12 * 64;
+// Bytes that one thread needs, with room for what alignment takes.
+int64_t workspace(const Sizes& s, bool back) {
+    const int64_t longest = up(s.keys, WIDTH), wide = up(s.width, WIDTH), v_wide = up(s.value_width, WIDTH);
+    const int64_t words = back ? longest * (3 * wide + 2 * v_wide) + ROWS * (2 * wide + v_wide + 3 * COLUMNS)
+                               : longest * (wide + v_wide) + ROWS * (v_wide + 2 * COLUMNS);
+    return up(4 * words, 64) + 12 * 64;
 }
 
-template <class Kind>
-void forward(const Sizes& s, const void* const* at, const int64_t* strides, float* log_sums, int threads) {
-    auto tensor = [&](int n) { return Tensor<Kind>(const_cast<void*>(at[n]), strides + 3 * n); };
-    const auto q = tensor(0), k = tensor(1), v = tensor(2), out = tensor(3);
+// work(sequence, head of keys, workspace) for all of them.
+template <class Work> void shared_out(const Sizes& s, bool back, void* memory, int threads, Work work) {
+    const int64_t bytes = workspace(s, back);
 #pragma omp parallel num_threads(threads)
     {
-        Workspace space(workspace(s));
+        Workspace space{static_cast<char*>(memory) + omp_get_thread_num() * bytes};
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.kv_heads; ++task) {
             space.used = 0;
-            forward_head<Kind>(s, task / s.kv_heads, task % s.kv_heads, q, k, v, out, log_sums, space);
+            work(task / s.kv_heads, task % s.kv_heads, space);
         }
     }
+}
+
+template <class Kind>
+void forward(const Sizes& s, const void* const* at, const int64_t* strides, float* log_sums, void* memory, int threads) {
+    auto tensor = [&](int n) { return Tensor<Kind>(const_cast<void*>(at[n]), strides + 3 * n); };
+    const auto q = tensor(0), k = tensor(1), v = tensor(2), out = tensor(3);
+    shared_out(s, false, memory, threads, [&](int64_t b, int64_t kv, Workspace& space) {
+        forward_head<Kind>(s, b, kv, q, k, v, out, log_sums, space);
+    });
 }
 
 template <class Kind>
 void backward(
-    const Sizes& s, const void* const* at, const int64_t* strides, const float* log_sums, float* delta, int threads) {
+    const Sizes& s, const void* const* at, const int64_t* strides, const float* log_sums, float* delta, void* memory,
+    int threads) {
     auto tensor = [&](int n) { return Tensor<Kind>(const_cast<void*>(at[n]), strides + 3 * n); };
     const auto d_out = tensor(0), q = tensor(1), k = tensor(2), v = tensor(3), out = tensor(4);
     const auto d_q = tensor(5), d_k = tensor(6), d_v = tensor(7);
-#pragma omp parallel num_threads(threads)
-    {
-        Workspace space(workspace(s));
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < s.batch * s.kv_heads; ++task) {
-            space.used = 0;
-            backward_head<Kind>(
-                s, task / s.kv_heads, task % s.kv_heads, d_out, q, k, v, out, log_sums, d_q, d_k, d_v, delta, space);
-        }
-    }
+    shared_out(s, true, memory, threads, [&](int64_t b, int64_t kv, Workspace& space) {
+        backward_head<Kind>(s, b, kv, d_out, q, k, v, out, log_sums, d_q, d_k, d_v, delta, space);
+    });
 }
+
+Sizes sizes_of(const int64_t* n, float scale) { return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], scale}; }
 
 }  // namespace
 
@@ -411,19 +417,23 @@ int multiplies_bf16() {
 #endif
 }
 
-// sizes: batch, heads, kv_heads, queries, keys, width, value_width, window (0: none). at, strides: addresses of q, k, v, out, and three
-// strides of each. log_sums: L / ln 2 per query, (batch, heads, queries), is written; +inf where nothing is read.
+// sizes: batch, heads, kv_heads, queries, keys, width, value_width, window (0: none).
+
+// Bytes of memory that a thread needs, forward or backward.
+int64_t attention_workspace(const int64_t* sizes, int back) { return workspace(sizes_of(sizes, 1.0f), back != 0); }
+
+// at, strides: addresses of q, k, v, out, and three strides of each. log_sums: L / ln 2 per query, (batch, heads, queries), is written; +inf
+// where nothing is read. memory: a workspace per thread, at a multiple of 64.
 void attention_forward(
-    const int64_t* sizes, float scale, const void* const* at, const int64_t* strides, float* log_sums, int threads) {
-    const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], scale};
-    forward<Chosen>(s, at, strides, log_sums, threads);
+    const int64_t* sizes, float scale, const void* const* at, const int64_t* strides, float* log_sums, void* memory,
+    int threads) {
+    forward<Chosen>(sizes_of(sizes, scale), at, strides, log_sums, memory, threads);
 }
 
 // The same of d_out, q, k, v, out, d_q, d_k, d_v. delta: rowsum(d_out ∘ out), (batch, heads, queries), is written.
 void attention_backward(
     const int64_t* sizes, float scale, const void* const* at, const int64_t* strides, const float* log_sums,
-    float* delta, int threads) {
-    const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], scale};
-    backward<Chosen>(s, at, strides, log_sums, delta, threads);
+    float* delta, void* memory, int threads) {
+    backward<Chosen>(sizes_of(sizes, scale), at, strides, log_sums, delta, memory, threads);
 }
 }

@@ -2,7 +2,7 @@
 
 Its picture and its tiling are there. It is for what training mostly is, causal attention or a window over whole sequences in fp32 or, where one
 instruction multiplies pairs of them (AVX512-BF16), in bf16; :func:`objection` says what it leaves to others. Sums are fp32; two runs agree to
-the bit, whatever the number of threads. Compared with a compiled graph of products and softmax it writes no scores to memory, computes none
+the bit, whatever the number of threads. Memory besides: 12 bytes · keys · head_dim + 8 · keys · value_dim, and some, per thread, backward. Compared with a compiled graph of products and softmax it writes no scores to memory, computes none
 beyond a tile's diagonal, and reads queries, keys and values wherever they lie.
 """
 
@@ -21,6 +21,7 @@ from scratchlm.kernels import cpp_here, triton_here
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
 from scratchlm.kernels.cpp_here import NoKernel
 from scratchlm.kernels.hardware import has_amx, has_native_bf16
+from scratchlm.kernels.triton_here import constant_in_graphs
 from scratchlm.kernels.visibility import Visibility
 
 SOURCE = Path(__file__).with_name("flash_attention.cpp")
@@ -35,8 +36,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         NoKernel: they cannot be had here.
     """
     found = cpp_here.built(SOURCE, ["BF16"] if dtype == torch.bfloat16 else [])
-    for function in (found.attention_forward, found.attention_backward):
-        function.restype = None
+    try:
+        for function in (found.attention_forward, found.attention_backward):
+            function.restype = None
+        found.attention_workspace.restype = ctypes.c_int64
+    except AttributeError as error:
+        raise NoKernel(str(error)) from error
     return found
 
 
@@ -50,7 +55,7 @@ def is_worth_it(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_native_bf16("cpu") and not has_amx())
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def runs(dtype: torch.dtype) -> bool:
     """Whether the kernels are fast and there: the first question of a process compiles or loads them, and a failure is told of once."""
     if not is_worth_it(dtype):
@@ -68,20 +73,33 @@ def multiplies_bf16() -> bool:
     return bool(library(torch.bfloat16).multiplies_bf16())
 
 
-def objection(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> str | None:
-    """Why the kernels cannot compute this, or None: they can."""
-    if q.device.type != "cpu" or triton_here.takes(q.device) or q.ndim != 4:
+def misfit(q: Queries, k: Keys, v: Values) -> str | None:
+    """What of these tensors the kernels cannot read, or None: they can read them."""
+    if {q.device.type, k.device.type, v.device.type} != {"cpu"} or not q.ndim == k.ndim == v.ndim == 4:
         return "not four dimensions on a CPU"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16):
         return f"the dtypes are {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1:3] != v.shape[1:3] or q.shape[-1] != k.shape[-1]:
+        return "the shapes do not fit each other"
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape or q.shape[1] % k.shape[1]:
+        return "there is nothing to compute, or heads without keys"
+    if q.dtype == torch.bfloat16 and (q.shape[-1] % 2 or v.shape[-1] % 2):
+        return "the width of a head is odd"
+    return None
+
+
+def objection(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> str | None:
+    """Why the kernels cannot compute this, or None: they can."""
+    if reason := misfit(q, k, v):
+        return reason
+    if triton_here.takes(q.device):
+        return "Triton's interpreter is asked for"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it is mapped over, or differentiated by functorch"
     if scores.soft_cap is not None or scores.slopes is not None or scores.sinks is not None or scores.dropout:
         return "the scores are changed, or weights dropped out"
     if scores.scale_of(q.shape[-1]) <= 0:
         return "the scale is not positive"
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape or k.shape[-2] < q.shape[-2]:
-        return "there is nothing to compute, or for some queries"
-    if q.dtype == torch.bfloat16 and (q.shape[-1] % 2 or v.shape[-1] % 2):
-        return "the width of a head is odd"
     if visible is None:
         return None
     rule = visible.rule
@@ -113,7 +131,7 @@ def is_the_way(q: Queries, k: Keys, v: Values, visible: Visibility | None, score
     return wanted and q.shape[0] * k.shape[1] >= _threads() and computes(q, k, v, visible, scores)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -138,6 +156,16 @@ def _places(*tensors: Tensor) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Arr
     return addresses, (ctypes.c_int64 * len(strides))(*strides)
 
 
+def _memory(
+    kernels: ctypes.CDLL, sizes: ctypes.Array[ctypes.c_int64], *, back: bool
+) -> tuple[Tensor, ctypes.c_void_p]:
+    """A workspace for each thread: torch's, so that it comes from where all else comes from and goes back there. (Threads that take their own leave as
+    much behind in their arenas as several workspaces.)"""
+    each = kernels.attention_workspace(sizes, int(back))
+    held = torch.empty(each * torch.get_num_threads() + 64, dtype=torch.uint8)
+    return held, ctypes.c_void_p((held.data_ptr() + 63) // 64 * 64)
+
+
 def forward(q: Queries, k: Keys, v: Values, scale: float, window: int | None) -> tuple[Mixed, Tensor]:
     """softmax(scale · q kᵀ) v under the causal triangle, and per query L in units of log 2.
 
@@ -160,7 +188,8 @@ def forward(q: Queries, k: Keys, v: Values, scale: float, window: int | None) ->
     addresses, strides = _places(q, k, v, out)
     sizes, threads = _given(q, k, v, window), torch.get_num_threads()
     sums = ctypes.c_void_p(log_sums.data_ptr())
-    kernels.attention_forward(sizes, ctypes.c_float(scale), addresses, strides, sums, threads)
+    _held, memory = _memory(kernels, sizes, back=False)
+    kernels.attention_forward(sizes, ctypes.c_float(scale), addresses, strides, sums, memory, threads)
     return out, log_sums
 
 
@@ -178,8 +207,10 @@ def backward(
     delta = torch.empty_like(log_sums)
     addresses, strides = _places(d_out, q, k, v, out, d_q, d_k, d_v)
     sizes, threads = _given(q, k, v, window), torch.get_num_threads()
-    sums, rest = ctypes.c_void_p(log_sums.contiguous().data_ptr()), ctypes.c_void_p(delta.data_ptr())
-    kernels.attention_backward(sizes, ctypes.c_float(scale), addresses, strides, sums, rest, threads)
+    log_sums = log_sums.contiguous()
+    sums, rest = ctypes.c_void_p(log_sums.data_ptr()), ctypes.c_void_p(delta.data_ptr())
+    _held, memory = _memory(kernels, sizes, back=True)
+    kernels.attention_backward(sizes, ctypes.c_float(scale), addresses, strides, sums, rest, memory, threads)
     return d_q, d_k, d_v, delta
 
 
@@ -202,7 +233,8 @@ class FlashAttention(torch.autograd.Function):
 
 def attention(q: Queries, k: Keys, v: Values, scale: float, window: int | None) -> Mixed:
     """:func:`forward` with its gradient, past torch's dispatcher: of some hundred microseconds per layer that an operation of its own costs there, a small
-    model notices each. Nobody who watches operations (a graph, a counter of FLOPs, selective checkpointing) sees it.
+    model notices each. Who watches operations (a graph, a counter of FLOPs, selective checkpointing) must take the operation. The gradient itself has none, and
+    is not for batches of output gradients.
 
     Raises:
         NoKernel: there is none for the dtype.

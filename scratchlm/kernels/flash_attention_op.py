@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
-from scratchlm.kernels.triton_here import runs_on, takes, warn_once
+from scratchlm.kernels.triton_here import constant_in_graphs, runs_on, takes, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WIDEST = 256
 """Widest head that a kernel holds in registers."""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def say_once(what: str) -> None:
     """A warning, the first time in a process; also while a graph is being traced."""
     warn_once(what)
@@ -88,7 +88,7 @@ def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor
 
 def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
     """Attention by the kernels, for what :func:`supports`, or on a CPU `flash_attention_cpp`, has no objection to; shapes as in `flash_attention`."""
-    if not _watched() and flash_attention_cpp.computes(q, k, v, visible, scores):
+    if not _watched(q) and flash_attention_cpp.computes(q, k, v, visible, scores):
         within = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
         return flash_attention_cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), within)
     lead = q.shape[:-3]
@@ -106,17 +106,16 @@ def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, 
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
 
 
-def _watched() -> bool:
-    """Whether somebody looks at torch's operations as they are called."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def _watched(q: Tensor) -> bool:
+    """Whether somebody looks at torch's operations as they are called, or these are no plain tensors."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor
 
 
-def _in_cpp(q: Tensor, v: Tensor, *options: Any) -> bool:
+def _in_cpp(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> bool:
     """Whether the kernels for CPUs compute this: they know none of the options."""
-    if q.device.type != "cpu" or takes(q.device) or any(option is not None for option in options):
+    if takes(q.device) or any(option is not None for option in options):
         return False
-    even = q.dtype != torch.bfloat16 or q.shape[-1] % 2 == v.shape[-1] % 2 == 0
-    return even and flash_attention_cpp.runs(q.dtype)
+    return flash_attention_cpp.misfit(q, k, v) is None and flash_attention_cpp.runs(q.dtype)
 
 
 @torch.library.custom_op("scratchlm::flash_attention", mutates_args=())
@@ -135,7 +134,7 @@ def _attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and, per query, L in units of log 2, fp32, (batch, heads, queries); +inf where nothing is read."""
-    if _in_cpp(q, v, slopes, sinks, documents, key_mask, soft_cap):
+    if _in_cpp(q, k, v, slopes, sinks, documents, key_mask, soft_cap):
         return flash_attention_cpp.forward(q, k, v, scale, window)
     if not runs_on(q.device, TILED):
         return _tiled_forward(q, k, v, slopes, sinks, documents, key_mask, scale, soft_cap, window)
@@ -168,7 +167,7 @@ def _backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, and D = rowsum(dO ∘ O), fp32, (batch, heads, queries)."""
-    if _in_cpp(q, v, slopes, documents, key_mask, soft_cap):
+    if _in_cpp(q, k, v, slopes, documents, key_mask, soft_cap):
         return flash_attention_cpp.backward(d_out, q, k, v, out, log_sums, scale, window)
     if not runs_on(q.device, TILED):
         return _tiled_backward(d_out, q, k, v, out, log_sums, slopes, documents, key_mask, scale, soft_cap, window)

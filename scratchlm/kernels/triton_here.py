@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,6 +58,16 @@ def trouble(device: torch.device) -> str | None:
         said = str(error).strip().splitlines()
         return f"triton does not run here ({type(error).__name__}{': ' + said[0] if said else ''})"
     return None
+
+
+Asked = TypeVar("Asked", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Asked) -> Asked:
+    """A function of constants that a graph, while it is traced, calls once: ``torch.compiler.assume_constant_result``, which imports the whole compiler
+    to leave the same mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache

@@ -12,6 +12,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+
+#include <omp.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -54,6 +56,17 @@ inline floats all(float x) {
 #endif
 }
 
+// a b + c, rounded once.
+inline floats fused(floats a, floats b, floats c) {
+#if defined(__AVX512F__) && !defined(VECTOR)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(VECTOR)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline floats as_floats(words w) { return (floats)w; }
 inline words as_words(floats f) { return (words)f; }
 
@@ -62,7 +75,7 @@ inline words as_words(floats f) { return (words)f; }
 struct Single {
     typedef float number;
     static constexpr int PER_WORD = 1;
-    static inline floats plus_product(floats sum, words a, words b) { return sum + as_floats(a) * as_floats(b); }
+    static inline floats plus_product(floats sum, words a, words b) { return fused(as_floats(a), as_floats(b), sum); }
     static inline floats widened(const number* from) { return load<floats>(from); }
     static inline float widened(number x) { return x; }
     static inline void rounded(number* to, floats x) { store(to, x); }
@@ -77,8 +90,8 @@ struct Brain {  // bf16: the upper half of an fp32 number
         return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
         const words upper = words{} + 0xffff0000u;
-        sum += as_floats(a << 16) * as_floats(b << 16);
-        return sum + as_floats(a & upper) * as_floats(b & upper);
+        sum = fused(as_floats(a << 16), as_floats(b << 16), sum);
+        return fused(as_floats(a & upper), as_floats(b & upper), sum);
 #endif
     }
     static inline floats widened(const number* from) {
@@ -111,12 +124,12 @@ inline floats exp2_of(floats x) {
     const floats shifted = held + magic;
     const floats f = held - (shifted - magic);
     floats p = all(1.5403530393381608e-4f);  // (ln 2)^k / k!
-    p = p * f + all(1.3333558146428443e-3f);
-    p = p * f + all(9.618129107628477e-3f);
-    p = p * f + all(5.550410866482158e-2f);
-    p = p * f + all(2.402265069591007e-1f);
-    p = p * f + all(6.931471805599453e-1f);
-    p = p * f + all(1.0f);
+    p = fused(p, f, all(1.3333558146428443e-3f));
+    p = fused(p, f, all(9.618129107628477e-3f));
+    p = fused(p, f, all(5.550410866482158e-2f));
+    p = fused(p, f, all(2.402265069591007e-1f));
+    p = fused(p, f, all(6.931471805599453e-1f));
+    p = fused(p, f, all(1.0f));
     const ints raised = (ints)p + ((ints)as_words(shifted) << 23);
     const floats power = (floats)(raised & ~tiny);
     return x == x ? power : x;  // a NaN's own bits would go into the exponent
@@ -135,12 +148,10 @@ inline float largest_of(floats v) {
 
 inline ptrdiff_t up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
 
-struct Workspace {  // memory of one thread
+// Memory of one thread, a part of what the caller gives for all of them.
+struct Workspace {
     char* base;
     size_t used = 0;
-    explicit Workspace(size_t bytes) : base(static_cast<char*>(std::aligned_alloc(64, up(bytes, 64)))) {}
-    ~Workspace() { std::free(base); }
-    Workspace(const Workspace&) = delete;
     template <class T> T* take(size_t count) {
         char* at = base + used;
         used += up(count * sizeof(T), 64);

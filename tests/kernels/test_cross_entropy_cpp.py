@@ -86,6 +86,25 @@ def test_a_target_that_is_no_token_is_an_error() -> None:
             cpp.loss_and_gradient(torch.zeros(2, 40), torch.tensor([0, strange]), PLAIN)
 
 
+def test_targets_of_another_kind_are_read_as_numbers() -> None:
+    products = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    right = cpp.loss_and_gradient(products.clone(), torch.full((4,), 3), PLAIN)
+    for targets in (torch.full((4,), 3, dtype=torch.int32), torch.tensor([3]), torch.full((8,), 3)[::2]):
+        found = cpp.loss_and_gradient(products.clone(), targets, PLAIN)
+        assert all(ours.equal(theirs) for ours, theirs in zip(found, right, strict=True))
+
+
+def test_checked_by_torch_and_a_graph_has_the_formula() -> None:
+    products, targets = problem(5, 33, 0, 1.0, torch.float32)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(cpp._sums, (products, targets, 1.0, 0.1, True), test_utils=tests)
+    x, weight = torch.randn(10, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    torch._dynamo.reset()
+    graph = torch.compile(chunked_linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    found, right = (f(x, weight, torch.arange(10))[0].detach() for f in (graph, chunked_linear_cross_entropy))
+    assert float(found) == pytest.approx(float(right), rel=1e-6)
+
+
 def test_no_rows_and_any_number_of_threads() -> None:
     objective, nats, gradient = cpp.loss_and_gradient(torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), PLAIN)
     assert objective == nats == 0 and gradient.shape == (0, 7)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scratchlm.kernels import cpp_here
 from scratchlm.kernels import flash_attention_cpp as cpp
 from scratchlm.kernels import flash_attention_op as op
-from scratchlm.kernels.attention import PLAIN, Scores, auto_attention
+from scratchlm.kernels.attention import PLAIN, Scores, auto_attention, reference_attention
 from scratchlm.kernels.cpp_here import NoKernel
 from scratchlm.kernels.flash_attention import flash_attention, tiled_attention
 from scratchlm.kernels.visibility import Visibility
@@ -221,11 +221,63 @@ def test_what_it_does_not_know_goes_elsewhere(counted: list[str]) -> None:
     few = _training(batch=1)
     if torch.get_num_threads() > 1:
         auto_attention(*few)  # a thread would have nothing to do
-    odd = [x[..., :15].contiguous().to(torch.bfloat16).detach().requires_grad_() for x in (q, k, v)]
-    auto_attention(*odd)
+    odd = [x[..., :15].to(torch.bfloat16) for x in (q, k, v)]
+    assert cpp.objection(odd[0], odd[1], odd[2], None, PLAIN) == "the width of a head is odd"
     assert counted == []
     auto_attention(q, k, v, Visibility.of_sequence(SlidingWindow(8), 37, torch.device("cpu")), Scores(scale=0.3))
     assert counted == ["forward"]
+
+
+def test_shapes_that_do_not_fit_are_nothing_for_it(counted: list[str]) -> None:
+    """What others would spread or refuse, its addresses must not read beyond the end."""
+    q, k, v = _training(batch=4, kv_heads=2, heads=4)
+    misfits = [
+        (q, k[:1], v[:1]),
+        (q, k, v[:1]),
+        (q, k, v[:, :, :20]),
+        (q[:, :3], k, v),
+        (q, k[..., :8], v),
+        (q[0], k[0], v[0]),
+        (q, k.double(), v),
+        (q, k.to("meta"), v),
+    ]
+    for case in misfits:
+        assert cpp.objection(*case, None, PLAIN) is not None and cpp.misfit(*case) is not None
+    assert (
+        auto_attention(q, k[:1], v[:1]) - auto_attention(q, k[:1].expand_as(k), v[:1].expand_as(v))
+    ).abs().max() < 1e-5
+    assert counted == ["forward"]
+
+
+def test_functorch_goes_elsewhere(counted: list[str]) -> None:
+    q, k, v = _training()
+    found = torch.func.grad(lambda x: auto_attention(x, k, v).square().sum())(q)
+    assert counted == []
+    auto_attention(q, k, v).square().sum().backward()
+    assert q.grad is not None and (found - q.grad).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("score", [1e5, 4e6, 1e10])
+def test_large_scores_keep_their_digits(score: float) -> None:
+    """The largest weight is 1, whatever the rounding of a large score times the scale: gradients of values say so."""
+    case = Case(queries=70, keys=70, head_dim=8, magnitude=(score / 8 / 0.3) ** 0.5, scale=0.3)
+    _, _, _, found = answer(attention, case, torch.float32)
+    exact_ = exact(case, torch.float32)
+    assert largest_error(Answered(found), Answered(exact_.gradients[2])) < 1e-3
+
+
+def test_fewer_keys_than_queries() -> None:
+    """The first queries read nothing; the operation, which a compiled graph holds, does these, too."""
+    case = Case(queries=60, keys=33, heads=4, kv_heads=2)
+    q, k, v, upstream = case.tensors(torch.float32)
+    given_ = [x.requires_grad_() for x in (q, k, v)]
+    out, sums = op._attention(*given_, *[None] * 6, 0.25, None, None)
+    assert (sums[:, :, :27] == float("inf")).all() and not out[:, :, :27].any()
+    gradients = torch.autograd.grad(out, given_, upstream)
+    wide = [x.detach().double().requires_grad_() for x in given_]
+    right = reference_attention(*wide, scores=Scores(scale=0.25))
+    for ours, theirs in zip(gradients, torch.autograd.grad(right, wide, upstream.double()), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
 
 
 def test_bf16_is_for_processors_that_multiply_it(counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,12 +337,15 @@ def test_checked_by_torch() -> None:
 def no_kernels_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty folder of kept kernels, and nobody has asked for any in this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpp.library.cache_clear()
-    cpp_here.compiler.cache_clear()
+
+    def forget() -> None:
+        for asked in (cpp.library, cpp_here.compiler, cpp_here._tried):
+            asked.cache_clear()
+
+    forget()
     yield tmp_path / "scratchlm" / "kernels"
-    cpp.library.cache_clear()
     monkeypatch.undo()
-    cpp_here.compiler.cache_clear()
+    forget()
 
 
 def test_what_was_compiled_is_kept(no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,15 +393,18 @@ def test_a_compiler_that_fails_is_told_of_once_and_torch_computes(
     no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch, told: list
 ) -> None:
     fails = no_kernels_yet.parent.parent / "bad-compiler"
-    fails.write_text("#!/bin/sh\necho 'kernel.cpp:1: error: no such thing' >&2\nexit 1\n", encoding="utf-8")
+    tries = fails.with_name("tries")
+    said = "kernel.cpp:1: error: no such thing"
+    fails.write_text(f"#!/bin/sh\necho x >> {tries}\necho '{said}' >&2\nexit 1\n", encoding="utf-8")
     fails.chmod(0o755)
     monkeypatch.setenv("CXX", str(fails))
     q, k, v = _training()
-    for _ in range(2):
+    for _ in range(3):
         out = auto_attention(q, k, v)
         assert (out - tiled_attention(q, k, v)).abs().max() < 1e-5
-    said = [str(warning.message) for warning in told]
-    assert len(said) == 1 and "error: no such thing" in said[0] and "attention is computed by torch" in said[0]
+    (warning,) = [str(warning.message) for warning in told]
+    assert "error: no such thing" in warning and "attention is computed by torch" in warning
+    assert tries.read_text(encoding="utf-8") == "x\n"  # once
     with pytest.raises(NoKernel, match="no such thing"):
         cpp.forward(q, k, v, 1.0, None)
 

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scratchlm.config import OptimConfig, Recipe, TrainConfig
 from scratchlm.errors import UserError
+from scratchlm.kernels import cpp_here, flash_attention_cpp
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.model.linear import Linear
 from scratchlm.model.norm import Norm
@@ -57,9 +58,20 @@ def unwatched(given: Recipe, precision: Any) -> tuple[nn.Module, Any]:
     return model, step
 
 
+@pytest.fixture(params=["C++", "torch"])
+def in_cpp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether kernels of ours in C++ do the loss, and attention where they are fast; else torch does all of it."""
+    ours: bool = request.param == "C++"
+    if not ours:
+        monkeypatch.setattr(cpp_here, "compiler", lambda: None)
+    elif cpp_here.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return ours
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
-def test_it_is_the_unwatched_step(precision: Any, kernel: str) -> None:
+def test_it_is_the_unwatched_step(precision: Any, kernel: str, in_cpp: bool) -> None:
     given = recipe(train={"loss_kernel": kernel}, qk_norm="head")
     found = audit(given, precision)
     _, step = unwatched(given, precision)
@@ -72,13 +84,20 @@ def test_it_is_the_unwatched_step(precision: Any, kernel: str) -> None:
         watched[one.name] += one.times
     # auto attention: short sequences in bf16 by products, of scores and mixtures, two forward and four back
     attention, times = ("bmm", 2 * 6) if precision == "bf16" else ("_scaled_dot_product_flash_attention_for_cpu", 2)
-    for name in ("mm", "silu", "silu_backward", "embedding_dense_backward", "_fused_adamw_", "rsqrt", attention):
+    if flash_attention_cpp.runs({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]):
+        assert in_cpp
+        attention, times = "scratchlm::flash_attention", 2
+        counted[attention] = counted["FlashAttention"]  # unwatched it goes past the dispatcher
+    loss_kernel = "scratchlm::loss_and_gradient_"
+    assert watched[loss_kernel] == (in_cpp and kernel == "chunked")
+    compared = ("mm", "silu", "silu_backward", "embedding_dense_backward", "_fused_adamw_", "rsqrt")
+    for name in (*compared, loss_kernel, attention):
         assert watched[name] == counted[name], name
     assert watched["_to_copy"] <= counted["_to_copy"]  # kernels cast inside, too
     assert watched["mm"] == 2 * 4 * 3 + 3 and watched[attention] == times
 
 
-def test_matrix_products_are_in_bf16_and_norms_and_loss_in_fp32() -> None:
+def test_matrix_products_are_in_bf16_and_norms_and_loss_in_fp32(in_cpp: bool) -> None:
     found = audit(recipe(), "bf16")
     for phase in ("forward", "backward"):
         for product in select(found, phase, "mm"):
@@ -89,7 +108,10 @@ def test_matrix_products_are_in_bf16_and_norms_and_loss_in_fp32() -> None:
     of_norms = [one for one in found.listed() if one.phase == "forward" and one.place in norms]
     assert {one.place for one in of_norms} == norms
     assert all(one.reads == one.writes == ("fp32",) for one in of_norms)
-    for name in ("exp", "log", "amax"):
+    if in_cpp:  # reads the logits as they are; within, all is fp32, as the losses are
+        (loss,) = select(found, "forward", "scratchlm::loss_and_gradient_")
+        assert (loss.place, loss.reads, loss.writes) == (LOSS, ("bf16", "int64"), ("fp32",))
+    for name in () if in_cpp else ("exp", "log", "amax"):
         assert [(one.place, one.reads, one.writes) for one in select(found, "forward", name)] == [
             (LOSS, ("fp32",), ("fp32",))
         ]
@@ -125,7 +147,7 @@ def test_what_modules_return_is_what_was_seen_in_them() -> None:
     assert {dtype for name, dtype in returned.items() if name.endswith(".feedforward_norm")} == {"fp32"}
 
 
-def test_casts_are_seen_and_each_weight_is_cast_once() -> None:
+def test_casts_are_seen_and_each_weight_is_cast_once(in_cpp: bool) -> None:
     given = recipe()
     found = audit(given, "bf16")
     down = {one.place: one for one in found.casts() if one.phase == "forward" and one.writes == ("bf16",)}
@@ -138,10 +160,10 @@ def test_casts_are_seen_and_each_weight_is_cast_once() -> None:
             given_fp32 = not name.endswith(("output", "down"))
             cast = down[LOSS if name == "head" else name]
             inputs = given_fp32 * found.tokens * module.d_in
-            # The head's gradient with respect to the logits is the third cast there.
-            gradient = (name == "head") * found.tokens * module.d_out
-            assert cast.numbers == module.weight.numel() + inputs + gradient, name
-            assert cast.times == 1 + given_fp32 + (name == "head"), name
+            # The head's gradient with respect to the logits is the third cast there, unless a kernel writes it as it shall be.
+            third = name == "head" and not in_cpp
+            assert cast.numbers == module.weight.numel() + inputs + third * found.tokens * module.d_out, name
+            assert cast.times == 1 + given_fp32 + third, name
     up = {one.place: one for one in found.casts() if one.phase == "backward" and one.writes == ("fp32",)}
     for layer in (0, 1):  # gradients of weights, and of what was cast on the way in
         assert up[f"blocks.{layer}.attention.qkv"].times == 2 and up[f"blocks.{layer}.attention.output"].times == 1
