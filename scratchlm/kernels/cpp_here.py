@@ -17,10 +17,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from scratchlm.errors import UserError
 from scratchlm.files import stable_hash, write_bytes
@@ -63,6 +66,38 @@ def built(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     if isinstance(found, NoKernel):
         raise found
     return found
+
+
+def kernels(source: Path, dtype: torch.dtype, results: Mapping[str, Any]) -> ctypes.CDLL:
+    """The library of a source file for numbers of a dtype, bf16 or fp32.
+
+    Args:
+        source: as for :func:`built`.
+        dtype: bf16 defines ``BF16``.
+        results: what each of its functions returns, as ctypes has it; None: nothing.
+
+    Raises:
+        NoKernel: as :func:`built`, or a function is not in it.
+    """
+    found = built(source, ["BF16"] if dtype == torch.bfloat16 else [])
+    try:
+        for name, result in results.items():
+            getattr(found, name).restype = result
+    except AttributeError as error:
+        raise NoKernel(str(error)) from error
+    return found
+
+
+def is_there(library: Callable[[torch.dtype], Any], dtype: torch.dtype, otherwise: str) -> bool:
+    """Whether kernels for a dtype can be had: compiled or loaded by the first question of a process. If a compiler is there and fails, a warning says once what
+    happens otherwise; that there is none, a run says by itself."""
+    try:
+        library(dtype)
+    except NoKernel as error:
+        if compiler() is not None:
+            warn_once(f"{otherwise}: {error}")
+        return False
+    return True
 
 
 _ONE_BY_ONE = threading.Lock()
@@ -115,9 +150,3 @@ def _compile(command: list[str]) -> None:
             or ["no message"]
         )
         raise NoKernel(f"{command[0]} fails: {said[0]}")
-
-
-def or_told(what: str, error: NoKernel) -> None:
-    """A warning, once in a process, if a compiler is there and fails; that there is none, a run says by itself."""
-    if compiler() is not None:
-        warn_once(f"{what}: {error}")

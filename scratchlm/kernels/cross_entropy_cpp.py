@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scratchlm.kernels import cpp_here, triton_here
-from scratchlm.kernels.cpp_here import NoKernel
 
 if TYPE_CHECKING:
     from scratchlm.kernels.cross_entropy import HeadOptions
@@ -34,12 +33,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         NoKernel: it cannot be had here.
     """
-    found = cpp_here.built(SOURCE, ["BF16"] if dtype == torch.bfloat16 else [])
-    try:
-        found.cross_entropy.restype = ctypes.c_int64
-    except AttributeError as error:
-        raise NoKernel(str(error)) from error
-    return found
+    return cpp_here.kernels(SOURCE, dtype, {"cross_entropy": ctypes.c_int64})
 
 
 def is_offered(device: torch.device, dtype: torch.dtype, options: HeadOptions) -> bool:
@@ -52,12 +46,7 @@ def is_offered(device: torch.device, dtype: torch.dtype, options: HeadOptions) -
 
 def runs(dtype: torch.dtype) -> bool:
     """Whether it is there: the first question of a process compiles or loads it, and a failure is told of once."""
-    try:
-        library(dtype)
-    except NoKernel as error:
-        cpp_here.or_told(OTHERWISE, error)
-        return False
-    return True
+    return cpp_here.is_there(library, dtype, OTHERWISE)
 
 
 def loss_and_gradient(

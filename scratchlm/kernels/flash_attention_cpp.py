@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels import cpp_here, triton_here
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
-from scratchlm.kernels.cpp_here import NoKernel
 from scratchlm.kernels.hardware import has_amx, has_native_bf16
 from scratchlm.kernels.triton_here import constant_in_graphs
 from scratchlm.kernels.visibility import Visibility
@@ -35,14 +34,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         NoKernel: they cannot be had here.
     """
-    found = cpp_here.built(SOURCE, ["BF16"] if dtype == torch.bfloat16 else [])
-    try:
-        for function in (found.attention_forward, found.attention_backward):
-            function.restype = None
-        found.attention_workspace.restype = ctypes.c_int64
-    except AttributeError as error:
-        raise NoKernel(str(error)) from error
-    return found
+    results = {"attention_forward": None, "attention_backward": None, "attention_workspace": ctypes.c_int64}
+    return cpp_here.kernels(SOURCE, dtype, results)
 
 
 def is_worth_it(dtype: torch.dtype) -> bool:
@@ -58,12 +51,7 @@ def is_worth_it(dtype: torch.dtype) -> bool:
 @constant_in_graphs
 def runs(dtype: torch.dtype) -> bool:
     """Whether the kernels are fast and there: the first question of a process compiles or loads them, and a failure is told of once."""
-    if not is_worth_it(dtype):
-        return False
-    try:
-        library(dtype)
-    except NoKernel as error:
-        cpp_here.or_told(OTHERWISE, error)
+    if not is_worth_it(dtype) or not cpp_here.is_there(library, dtype, OTHERWISE):
         return False
     return dtype != torch.bfloat16 or multiplies_bf16()
 

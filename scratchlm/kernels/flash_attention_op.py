@@ -88,15 +88,14 @@ def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor
 
 def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
     """Attention by the kernels, for what :func:`supports`, or on a CPU `flash_attention_cpp`, has no objection to; shapes as in `flash_attention`."""
+    window = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
     if not _watched(q) and flash_attention_cpp.computes(q, k, v, visible, scores):
-        within = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
-        return flash_attention_cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), within)
+        return flash_attention_cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), window)
     lead = q.shape[:-3]
     if q.ndim != 4:
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    documents = first = last = key_mask = window = None
+    documents = first = last = key_mask = None
     if visible is not None:
-        window = None if visible.rule.is_plain_causal else visible.rule.reach
         key_mask = visible.key_mask
         if visible.query_documents is not None:
             documents = ids = visible.query_documents.contiguous()
