@@ -307,7 +307,8 @@ def auto_attention(
     """The fastest for the place.
 
     On a CPU our kernel in C++ where a gradient is wanted and it knows how
-    (:func:`~scratchlm.kernels.flash_attention_cpp.is_the_way`). Otherwise blocks where they leave out work (a mask with a plan), where torch's kernel
+    (:func:`~scratchlm.kernels.flash_attention_cpp.is_the_way`); on CUDA our kernels in Triton for whatever is no plain causal attention
+    (:func:`~scratchlm.kernels.flash_attention_op.is_the_way`). Otherwise blocks where they leave out work (a mask with a plan), where torch's kernel
     cannot go (a soft cap) or is slower (:func:`goes_by_blocks`); torch's kernel elsewhere, also for sinks in a short text that is only read.
     """
     from scratchlm.kernels import flash_attention_cpp, flash_attention_op
@@ -315,7 +316,8 @@ def auto_attention(
 
     whole = q.shape[-2] == k.shape[-2]
     sparse = visible is not None and visible.planned and not visible.rule.is_plain_causal
-    if whole and flash_attention_cpp.is_the_way(q, k, v, visible, scores):
+    ways = flash_attention_cpp, flash_attention_op
+    if whole and any(way.is_the_way(q, k, v, visible, scores) for way in ways):
         return flash_attention_op.fused_attention(q, k, v, visible, scores)
     if whole and q.shape[-2] <= SHORT and not scores.dropout and _flash_tells_sums(q, k, v, visible, scores):
         return sdpa_attention(q, k, v, visible, scores)

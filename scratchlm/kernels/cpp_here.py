@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from scratchlm.errors import UserError
 from scratchlm.files import stable_hash, write_bytes
@@ -98,6 +99,21 @@ def is_there(library: Callable[[torch.dtype], Any], dtype: torch.dtype, otherwis
             warn_once(f"{otherwise}: {error}")
         return False
     return True
+
+
+def is_watched(x: torch.Tensor) -> bool:
+    """Whether somebody looks at torch's operations as they are called, or this is no plain tensor: then kernels are called as operations of torch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) is not torch.Tensor
+        or torch.jit.is_tracing()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether functions are mapped or differentiated by functorch, or derivatives go along (forward mode): kernels with a gradient of their own know neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 _ONE_BY_ONE = threading.Lock()

@@ -8,14 +8,6 @@
 
 namespace {
 
-// The vector at place j of a row, `beyond` in all places after its end.
-template <class Kind> inline floats part(const typename Kind::number* row, ptrdiff_t j, ptrdiff_t length, float beyond) {
-    if (j + WIDTH <= length) return Kind::widened(row + j);
-    floats v = all(beyond);
-    for (ptrdiff_t i = 0; j + i < length; ++i) v[i] = Kind::widened(row[j + i]);
-    return v;
-}
-
 struct Row {
     float loss, log_total;
 };

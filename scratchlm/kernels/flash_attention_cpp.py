@@ -82,8 +82,8 @@ def objection(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores
         return reason
     if triton_here.takes(q.device):
         return "Triton's interpreter is asked for"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it is mapped over, or differentiated by functorch"
+    if not torch.compiler.is_compiling() and cpp_here.is_transformed():
+        return "it is mapped over, or differentiated by functorch or forwards"
     if scores.soft_cap is not None or scores.slopes is not None or scores.sinks is not None or scores.dropout:
         return "the scores are changed, or weights dropped out"
     if scores.scale_of(q.shape[-1]) <= 0:
@@ -142,6 +142,18 @@ def _places(*tensors: Tensor) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Arr
     addresses = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     return addresses, (ctypes.c_int64 * len(strides))(*strides)
+
+
+def workspace(keys: int, width: int, value_width: int, *, back: bool) -> int:
+    """Bytes that one thread needs besides, all but what does not grow with the keys: fp32 copies of a head's keys and values, and backward of its keys
+    as columns, and of both gradients.
+
+    Args:
+        keys: how many.
+        width, value_width: of a key and of a value.
+        back: for the backward pass.
+    """
+    return 4 * keys * (3 * width + 2 * value_width if back else width + value_width)
 
 
 def _memory(

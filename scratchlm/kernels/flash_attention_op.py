@@ -19,7 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
-from scratchlm.kernels.triton_here import constant_in_graphs, runs_on, takes, warn_once
+from scratchlm.kernels.cpp_here import is_watched
+from scratchlm.kernels.triton_here import constant_in_graphs, is_offered, runs_on, takes, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def say_once(what: str) -> None:
 
 
 TILED = "attention_kernel = flash is computed tile by tile in torch"
+IN_BLOCKS = "attention under a mask or a soft cap is computed by torch"
 
 
 def supports(visible: Visibility | None, scores: Scores, q: Queries, k: Keys, v: Values) -> str | None:
@@ -78,6 +80,22 @@ def _unknown_mask(visible: Visibility, q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+def is_the_way(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> bool:
+    """Whether whole sequences on CUDA had better go through the Triton kernels: they can, and the attention is not the plain causal one, for which torch has a kernel.
+
+    For a mask, a soft cap, slopes or sinks torch has products and softmax of blocks, or a mask of queries × keys: more memory, and many launches.
+    """
+    if visible is None and scores.soft_cap is None and scores.slopes is None and scores.sinks is None:
+        return False
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.get_autocast_dtype(q.device.type):
+        return False
+    return _is_offered(q) and q.ndim == 4 and supports(visible, scores, q, k, v) is None
+
+
+def _is_offered(q: Tensor) -> bool:
+    return is_offered(q, IN_BLOCKS)
+
+
 def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor]:
     """The first and the last place of each token's document, int32: beyond them no tile has to look."""
     ordered, places = documents.sort(dim=-1, stable=True)
@@ -89,7 +107,7 @@ def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor
 def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, scores: Scores) -> Mixed:
     """Attention by the kernels, for what :func:`supports`, or on a CPU `flash_attention_cpp`, has no objection to; shapes as in `flash_attention`."""
     window = None if visible is None or visible.rule.is_plain_causal else visible.rule.reach
-    if not _watched(q) and flash_attention_cpp.computes(q, k, v, visible, scores):
+    if not is_watched(q) and flash_attention_cpp.computes(q, k, v, visible, scores):
         return flash_attention_cpp.attention(q, k, v, scores.scale_of(q.shape[-1]), window)
     lead = q.shape[:-3]
     if q.ndim != 4:
@@ -103,11 +121,6 @@ def fused_attention(q: Queries, k: Keys, v: Values, visible: Visibility | None, 
     given = scores.slopes, scores.sinks, documents, first, last, key_mask
     out: Tensor = _attention(q, k, v, *given, scores.scale_of(q.shape[-1]), scores.soft_cap, window)[0]
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
-
-
-def _watched(q: Tensor) -> bool:
-    """Whether somebody looks at torch's operations as they are called, or these are no plain tensors."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor
 
 
 def _in_cpp(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> bool:
@@ -201,6 +214,33 @@ def _gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attention.register_autograd(_gradients, setup_context=_setup)
+
+
+FORWARD, BACKWARD = (
+    torch.ops.scratchlm.flash_attention.default,
+    torch.ops.scratchlm.flash_attention_backward.default,
+)
+
+
+def workspace(operation: Any, arguments: Sequence[Any]) -> int:
+    """Bytes that a call takes besides its results, while it runs: those of the kernels for CPUs, on all threads; nothing is known of others.
+
+    Args:
+        operation: one of torch; any but :data:`FORWARD` and :data:`BACKWARD` takes none.
+        arguments: of the call, in the schema's order.
+    """
+    if operation is FORWARD:
+        q, k, v, slopes, sinks, documents, _, _, key_mask, _, soft_cap, _ = arguments
+        options = [slopes, sinks, documents, key_mask, soft_cap]
+    elif operation is BACKWARD:
+        _, q, k, v, _, _, slopes, documents, _, _, key_mask, _, soft_cap, _ = arguments
+        options = [slopes, documents, key_mask, soft_cap]
+    else:
+        return 0
+    if not _in_cpp(q, k, v, *options):
+        return 0
+    each = flash_attention_cpp.workspace(k.shape[-2], k.shape[-1], v.shape[-1], back=operation is BACKWARD)
+    return each * torch.get_num_threads()
 
 
 # --- the same by tiles in torch -------------------------------------------------------------------------------------------

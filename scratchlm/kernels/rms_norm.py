@@ -1,7 +1,8 @@
 """x / RMS(x) · g on a CPU in one pass over each row (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
-``torch.nn.functional.rms_norm`` is a chain of eight operations on a CPU. This is for reading and writing text: no gradient. When it
-is used: :func:`fits`. The formula it is held equal to: :class:`scratchlm.model.norm.RMSNorm`.
+``torch.nn.functional.rms_norm`` is a chain of eight operations on a CPU. :func:`rms_norm` is for reading and writing text: no gradient; :func:`trained` for
+training without a compiler, its kernel and its gradient's in `rows.cpp`. When they are used: :func:`fits`, :func:`fits_training`. The formula
+they are held equal to: :class:`scratchlm.model.norm.RMSNorm`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scratchlm.kernels import rows_cpp
+from scratchlm.kernels.cpp_here import is_watched
 from scratchlm.kernels.matmul import nobody_watches
 
 
@@ -55,3 +58,23 @@ def rms_norm(
         numbers=x.numel(),
     )
     return y
+
+
+def fits_training(x: Tensor, gain: Tensor | None) -> bool:
+    """Whether :func:`trained` is the way: where the kernels for CPUs run, a gradient is wanted and nobody compiles."""
+    return (gain is None or gain.dtype in rows_cpp.DTYPES) and rows_cpp.is_offered(x)
+
+
+def trained(
+    x: Float[Tensor, "... width"], gain: Float[Tensor, " width"] | None, eps: float, offset: float = 0.0
+) -> Float[Tensor, "... width"]:
+    """As :func:`rms_norm`, with gradients; x and gain each fp32 or bf16."""
+    wide = None if gain is None else (gain.float() + offset if offset else gain.float()).contiguous()
+    out: Tensor
+    if is_watched(x):
+        from scratchlm.kernels import rms_norm_op
+
+        out = rms_norm_op.rms_norm(x, wide, eps)[0]
+        return out
+    out = rows_cpp.RMSNorm.apply(x, wide, eps)
+    return out

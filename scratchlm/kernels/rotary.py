@@ -1,6 +1,6 @@
 """q‖k‖v of a projection split into heads, queries and keys rotated, as one operation: when, and the way there.
 
-The operation itself is in `rotary_op.py`, which is not read before it is wanted; its kernel is in `rotary_triton.py`. The formula it is
+The operation itself is in `rotary_op.py`, which is not read before it is wanted; its kernels are in `rotary_triton.py` and `rows.cpp`. The formula it is
 held equal to: :class:`scratchlm.model.rope.RoPE`.
 """
 
@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scratchlm.kernels import triton_here
+from scratchlm.kernels import rows_cpp, triton_here
+from scratchlm.kernels.cpp_here import is_watched
 
 IN_TORCH = "queries and keys are rotated by torch's kernels"
 
 
 def fits(projected: Tensor) -> bool:
-    """Whether :func:`turn_heads` is the way: one dimension of rows, in half or single precision, where Triton's kernels run."""
-    return projected.ndim == 3 and triton_here.is_offered(projected, IN_TORCH)
+    """Whether :func:`turn_heads` is the way: one dimension of rows, in half or single precision, where Triton's kernels run, or those for CPUs."""
+    return projected.ndim == 3 and (rows_cpp.is_offered(projected) or triton_here.is_offered(projected, IN_TORCH))
 
 
 def turn_heads(
@@ -42,17 +43,25 @@ def turn_heads(
             (batch, length, half). They have no gradient.
         heads, kv_heads: of the queries; of the keys, and as many of the values.
         interleaved: pairs are (0, 1), (2, 3), …; else (0, half), (1, half + 1), ….
+
+    Raises:
+        ValueError: the heads do not make up the width, or the tables are of another length or width.
     """
+    given = projected, cos, sin, heads, kv_heads, interleaved
+    if not is_watched(projected) and rows_cpp.is_offered(projected):
+        width_of_heads(projected, cos, sin, heads, kv_heads)
+        q, k, v = rows_cpp.TurnHeads.apply(*given)
+        return q, k, v
     from scratchlm.kernels import rotary_op
 
-    q, k, v = rotary_op.turn_heads(projected, cos, sin, heads, kv_heads, interleaved)
+    q, k, v = rotary_op.turn_heads(*given)
     return q, k, v
 
 
 def fits_heads(x: Tensor) -> bool:
     """Whether :func:`turn` is the way: heads that are there already, where a gradient is wanted and no compiler makes one loop of norm and rotation."""
     wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return x.ndim == 4 and wanted and triton_here.computes(x, IN_TORCH)
+    return x.ndim == 4 and wanted and (rows_cpp.is_offered(x) or triton_here.computes(x, IN_TORCH))
 
 
 def turn(
@@ -62,6 +71,31 @@ def turn(
     interleaved: bool,
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Heads rotated; arguments as for :func:`turn_heads`, and so is the result's memory."""
-    from scratchlm.kernels import rotary_op
+    return turn_heads(x.transpose(1, 2).flatten(-2), cos, sin, x.shape[1], 0, interleaved)[0]
 
-    return rotary_op.turn_heads(x.transpose(1, 2).flatten(-2), cos, sin, x.shape[1], 0, interleaved)[0]
+
+def width_of_heads(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> int:
+    """head_dim.
+
+    Raises:
+        ValueError: arguments that are not for each other.
+    """
+    batch, length, width = projected.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    if width != (heads + 2 * kv_heads) * head_dim or head_dim % 2:
+        raise ValueError(f"{heads} + 2 · {kv_heads} heads of an even width do not make up {width}")
+    check_tables(batch, length, head_dim, cos, sin)
+    return head_dim
+
+
+def check_tables(batch: int, length: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
+    """A kernel would read beyond a smaller table.
+
+    Raises:
+        ValueError: they are of another size.
+    """
+    rows, *rest = (1, *cos.shape)[-3:]
+    if cos.shape != sin.shape or rest != [length, head_dim // 2] or rows not in (1, batch):
+        raise ValueError(
+            f"cos and sin of {batch} × {length} tokens and {head_dim // 2} pairs cannot be {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )

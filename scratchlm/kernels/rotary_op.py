@@ -1,4 +1,4 @@
-"""Splitting q‖k‖v and rotating as an operation of torch: shapes without computing, the gradient, the same in torch where Triton does not run.
+"""Splitting q‖k‖v and rotating as an operation of torch: shapes without computing, the gradient, the same in torch where neither Triton nor the kernels for CPUs run.
 
     pair (a, b) of q and k      a' = a cos − b sin,  b' = a sin + b cos
     upstream (d_a', d_b')       d_a = d_a' cos + d_b' sin,  d_b = d_b' cos − d_a' sin:  the rotation by the negative angle
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scratchlm.kernels import rows_cpp
 from scratchlm.kernels.attention import heads_inside
-from scratchlm.kernels.rotary import IN_TORCH
+from scratchlm.kernels.rotary import IN_TORCH, check_tables, width_of_heads
 from scratchlm.kernels.triton_here import computes
 
 
@@ -23,15 +24,13 @@ def turn_heads(
     projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (batch, heads, length, head_dim), k and v (batch, kv_heads, length, head_dim) of `projected` (batch, length, …)."""
-    batch, length, width = projected.shape
-    head_dim = width // (heads + 2 * kv_heads)
-    if width != (heads + 2 * kv_heads) * head_dim or head_dim % 2:
-        raise ValueError(f"{heads} + 2 · {kv_heads} heads of an even width do not make up {width}")
-    _check(batch, length, head_dim, cos, sin)
+    head_dim = width_of_heads(projected, cos, sin, heads, kv_heads)
     if computes(projected, IN_TORCH):
         from scratchlm.kernels.rotary_triton import forward
 
         return forward(projected, cos, sin, heads, kv_heads, interleaved)
+    if rows_cpp.computes(projected):
+        return rows_cpp.turn_forward(projected, cos, sin, heads, kv_heads, interleaved)
     qk, v = projected.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=-2)
     q, k = _turned(qk, cos, sin, interleaved).split([heads, kv_heads], dim=-2)
     # Copies: the results of an operation share no memory, and lie as promised.
@@ -53,11 +52,13 @@ def turn_heads_backward(
 ) -> Tensor:
     """The gradient of the projection, (batch, length, (heads + 2 kv_heads) · head_dim), contiguous."""
     batch, _, length, head_dim = d_q.shape
-    _check(batch, length, head_dim, cos, sin)
+    check_tables(batch, length, head_dim, cos, sin)
     if computes(d_q, IN_TORCH):
         from scratchlm.kernels.rotary_triton import backward
 
         return backward(d_q, d_k, d_v, cos, sin, interleaved)
+    if rows_cpp.computes(d_q):
+        return rows_cpp.turn_backward(d_q, d_k, d_v, cos, sin, interleaved)
     d_qk = torch.cat([d_q, d_k], dim=1).transpose(1, 2)
     return torch.cat([_turned(d_qk, cos, -sin, interleaved), d_v.transpose(1, 2)], dim=-2).flatten(-2).contiguous()
 
@@ -79,15 +80,6 @@ def _gradients(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor 
 
 
 turn_heads.register_autograd(_gradients, setup_context=_setup)
-
-
-def _check(batch: int, length: int, head_dim: int, cos: Tensor, sin: Tensor) -> None:
-    """The kernel would read beyond a smaller table."""
-    rows, *rest = (1, *cos.shape)[-3:]
-    if cos.shape != sin.shape or rest != [length, head_dim // 2] or rows not in (1, batch):
-        raise ValueError(
-            f"cos and sin of {batch} × {length} tokens and {head_dim // 2} pairs cannot be {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

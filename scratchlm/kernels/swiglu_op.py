@@ -1,4 +1,4 @@
-"""SwiGLU as an operation of torch: shapes without computing, the gradient, and the same in torch where Triton does not run.
+"""SwiGLU as an operation of torch: shapes without computing, the gradient, and the same in torch where neither Triton nor the kernels for CPUs run.
 
 gate = g, up = u      out = silu(g) u,  silu(g) = g σ(g)
 upstream d            d_up = d silu(g),  d_gate = d u silu'(g),  silu'(g) = σ(g) (1 + g (1 − σ(g)))
@@ -12,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scratchlm.kernels.swiglu import IN_TORCH
+from scratchlm.kernels import rows_cpp
+from scratchlm.kernels.swiglu import IN_TORCH, check_halves
 from scratchlm.kernels.triton_here import computes
 
 
 @torch.library.custom_op("scratchlm::swiglu", mutates_args=())
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) ⊙ up: (…, 2·d_ff) → (…, d_ff), contiguous."""
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate‖up are two halves, but their width is {gate_up.shape[-1]}")
+    check_halves(gate_up)
     if computes(gate_up, IN_TORCH):
         from scratchlm.kernels.swiglu_triton import forward
 
         return forward(gate_up)
+    if rows_cpp.computes(gate_up):
+        return rows_cpp.swiglu_forward(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up).contiguous()
 
@@ -41,6 +43,8 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
         from scratchlm.kernels.swiglu_triton import backward
 
         return backward(d_out, gate_up)
+    if rows_cpp.computes(gate_up):
+        return rows_cpp.swiglu_backward(d_out, gate_up)
     d_gate_up = gate_up.new_empty(gate_up.shape)
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)

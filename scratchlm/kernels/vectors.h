@@ -116,6 +116,20 @@ struct Brain {  // bf16: the upper half of an fp32 number
     }
 };
 
+// The vector at place j of a row, `beyond` in all places after its end.
+template <class Kind> inline floats part(const typename Kind::number* row, ptrdiff_t j, ptrdiff_t length, float beyond) {
+    if (j + WIDTH <= length) return Kind::widened(row + j);
+    floats v = all(beyond);
+    for (ptrdiff_t i = 0; j + i < length; ++i) v[i] = Kind::widened(row[j + i]);
+    return v;
+}
+
+// The same back into memory, but for what is beyond the end.
+template <class Kind> inline void put(typename Kind::number* row, ptrdiff_t j, ptrdiff_t length, floats v) {
+    if (j + WIDTH <= length) return Kind::rounded(row + j, v);
+    for (ptrdiff_t i = 0; j + i < length; ++i) row[j + i] = Kind::rounded(v[i]);
+}
+
 // 2^x: x = n + f with |f| ≤ 1/2, the series of e^(f ln 2), n added to the exponent. Below the normal numbers 0; NaN stays.
 inline floats exp2_of(floats x) {
     const floats magic = all(12582912.0f);  // 1.5 · 2^23: what is added to it is rounded to whole numbers

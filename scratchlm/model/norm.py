@@ -80,8 +80,11 @@ class RMSNorm(Norm):
     """
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        if self.rows is None and not self.reference and rms_norm.fits(x, self.weight):
-            return rms_norm.rms_norm(x, self.weight, self.eps, self.offset)
+        if self.rows is None and not self.reference:
+            if rms_norm.fits(x, self.weight):
+                return rms_norm.rms_norm(x, self.weight, self.eps, self.offset)
+            if rms_norm.fits_training(x, self.weight):
+                return rms_norm.trained(x, self.weight, self.eps, self.offset)
         return super().forward(x)
 
     def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:

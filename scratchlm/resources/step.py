@@ -20,7 +20,9 @@ from scratchlm.kernels import (
     cross_entropy,
     cross_entropy_cpp,
     flash_attention_cpp,
+    flash_attention_op,
     rotary,
+    rows_cpp,
     swiglu,
     triton_here,
 )
@@ -272,11 +274,15 @@ def trace_step(
 def _as_there(compiled: bool, loss_in_place: bool, *, cpu: bool) -> Iterator[None]:
     """The choices of ``auto`` attention and of the loss on a CPU, or on another device that is neither a CPU nor CUDA. Our kernels are not compiled to
     find out whether they could be."""
+    from scratchlm.kernels import rms_norm_op, rotary_op, swiglu_op  # noqa: F401  (now, and not in the middle of what is traced)
+
     chosen = (lambda q: q.shape[-2] <= SHORT_COMPILED) if cpu and compiled else attention.goes_by_blocks
     runs = flash_attention_cpp.is_worth_it if cpu else (lambda dtype: False)
+    in_rows = rows_cpp.is_worth_it if cpu and not compiled else (lambda dtype: False)  # a compiler has its own
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(attention, "goes_by_blocks", chosen))
         changes.enter_context(_replaced(flash_attention_cpp, "runs", runs))
+        changes.enter_context(_replaced(rows_cpp, "runs", in_rows))
         changes.enter_context(_replaced(cross_entropy_cpp, "runs", lambda dtype: False))
         if loss_in_place:
             changes.enter_context(_replaced(cross_entropy, "_loss_and_gradient", _in_place_on_a_cpu))
@@ -290,6 +296,7 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
     ::
 
         chunked loss    the gradient takes the place of the logits; those of the head are added up in fp32 by their products
+        attention       under a mask or a soft cap one kernel that keeps no scores
         RMSNorm         one kernel keeps its input and a number per row, as layer norm does on both; compiled, a chain is what is fused
         dropout         keeps a mask of bytes, not factors in the input's dtype
         shared keys     in fp32 repeated for every head
@@ -314,8 +321,9 @@ def _as_on_cuda(compiled: bool) -> Iterator[None]:
         changes.enter_context(_replaced(cross_entropy, "_scaled", _times))
         changes.enter_context(_replaced(newton_schulz, "fast_dtype", lambda _: torch.bfloat16))
         changes.enter_context(_replaced(newton_schulz, "in_batches", lambda _: True))
-        for kernels in (flash_attention_cpp, cross_entropy_cpp):
+        for kernels in (flash_attention_cpp, cross_entropy_cpp, rows_cpp):
             changes.enter_context(_replaced(kernels, "runs", lambda dtype: False))
+        changes.enter_context(_replaced(flash_attention_op, "_is_offered", _in_kernels))
         changes.enter_context(_replaced(attention, "shares_keys", lambda q: q.dtype != torch.float32))
         changes.enter_context(_replaced(F, "dropout", masked))
         changes.enter_context(

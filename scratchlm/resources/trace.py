@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-import scratchlm.kernels.flash_attention_op
 import scratchlm.kernels.moe
 import scratchlm.kernels.wide_product  # noqa: F401  (they register products of ours)
+from scratchlm.kernels.flash_attention_op import workspace
 from scratchlm.resources.hollow_tensor import Hollow, tensors_in, without_numbers
 from scratchlm.resources.places import Places
 
@@ -211,6 +211,13 @@ class Tracer(TorchDispatchMode):
         self._watchers[key] = weakref.ref(memory, functools.partial(self._died, key))
         return storage
 
+    def _note_workspace(self, maker: str, size: int) -> int:
+        """Note what is there during the next operation alone, and give its number."""
+        born, number = len(self.trace.operations), len(self.trace.storages)
+        noted = Storage(size, born, self.phase, self._module(), maker, died=born + 1, number=number)
+        self.trace.storages.append(noted)
+        return number
+
     def _died(self, key: int, _: Any) -> None:
         self._known.pop(key).died = len(self.trace.operations)
         self._watchers.pop(key)
@@ -232,6 +239,9 @@ class Tracer(TorchDispatchMode):
                 self._note(tensor, known.name)
         results = made or tensors_in([args[place] for place in known.written if place < len(args)], {})
         numbers = tuple(dict.fromkeys(self._note(t, "").number for t in given))
+        outputs = tuple(dict.fromkeys(self._note(t, known.name).number for t in results))
+        if besides := workspace(func, args):
+            outputs = *outputs, self._note_workspace(known.name, besides)
         self.trace.operations.append(
             Operation(
                 known.name,
@@ -243,7 +253,7 @@ class Tracer(TorchDispatchMode):
                 tuple(tuple(t.shape) for t in given),
                 (given[-1] if known.widens else results[0]).dtype if results else torch.float32,
                 numbers,
-                tuple(dict.fromkeys(self._note(t, known.name).number for t in results)),
+                outputs,
             )
         )
         return out

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from scratchlm.kernels import attention, blocked_attention, flash_attention_cpp, triton_here
 from scratchlm.kernels import flash_attention as flash
-from scratchlm.kernels import flash_attention_cpp, triton_here
 from scratchlm.kernels import flash_attention_op as op
-from scratchlm.kernels.attention import PLAIN, Scores, reference_attention
+from scratchlm.kernels.attention import PLAIN, Scores, auto_attention, reference_attention
 from scratchlm.kernels.flash_attention import flash_attention, tiled_attention
 from scratchlm.kernels.flash_attention_op import fused_attention, supports
 from scratchlm.kernels.visibility import Visibility
@@ -412,6 +412,36 @@ def test_on_cuda_an_unknown_mask_goes_to_another_kernel_and_is_told_once(
     assert len(elsewhere) == 2
     assert out.stride() == (9 * 4 * 16, 16, 4 * 16, 1), "the operation's own layout"
     assert words(told) == ["attention_kernel = flash leaves attention to another kernel: the mask is PrefixLM"]
+
+
+def test_on_cuda_auto_takes_it_for_all_but_plain_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch would go block by block, or make a mask of queries × keys."""
+    monkeypatch.setattr(triton_here, "trouble", lambda device: None)
+    taken: list[Any] = []
+    for place, way in ((attention, "sdpa_attention"), (blocked_attention, "blocked_attention")):
+        monkeypatch.setattr(place, way, lambda q, *_: q)
+    monkeypatch.setattr(op, "fused_attention", lambda *given: taken.append(given) or given[0])
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 300, 16, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, 2, 300, 16, device="cuda", dtype=torch.bfloat16)
+        documents = torch.zeros(2, 300, device="cuda", dtype=torch.int64)
+        ones = torch.ones(4, device="cuda")
+
+        def takes(rule: Any, *options: Any, q: Tensor = q, k: Tensor = k, **kinds: Any) -> bool:
+            before = len(taken)
+            visible = None if rule is None else sequence(rule, 300, device=q.device, **kinds)
+            auto_attention(q, k, k, visible, Scores(*options))
+            return len(taken) > before
+
+        assert takes(SlidingWindow(30)) and takes(Causal(), documents=documents) and takes(None, None, 30.0)
+        assert takes(None, None, None, ones) and takes(None, None, None, None, ones)
+        assert not takes(None) and not takes(None, 0.5) and not takes(PrefixLM(), prefix=3)
+        assert not takes(SlidingWindow(30), None, None, None, None, 0.1), "weights are dropped out"
+        assert not takes(SlidingWindow(30), q=q.double(), k=k.double())
+        assert not takes(None, None, None, ones.clone().requires_grad_()), "slopes are learnt"
+        monkeypatch.setattr(triton_here, "trouble", lambda device: "no compiler")
+        with pytest.warns(UserWarning, match="attention under a mask or a soft cap is computed by torch"):
+            assert not takes(SlidingWindow(30))
 
 
 def test_dropout_is_torchs_and_told_once(told: list[warnings.WarningMessage]) -> None:

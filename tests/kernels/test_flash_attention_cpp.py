@@ -450,3 +450,17 @@ def test_it_can_be_switched_off(no_kernels_yet: Path, monkeypatch: pytest.Monkey
 def test_the_library_tells_of_its_processor() -> None:
     said = " ".join(processor()).split()
     assert cpp.multiplies_bf16() <= ("avx512_bf16" in said)  # an old compiler may not know it
+
+
+def test_how_a_workspace_grows_is_known_before_anything_is_compiled() -> None:
+    """The formula says what the kernels ask for, but for what does not grow with the keys."""
+    for back in (False, True):
+        asked = [
+            cpp.library(torch.float32).attention_workspace(
+                cpp._given(*(torch.empty(1, 1, keys, width) for width in (64, 64, 32)), None), int(back)
+            )
+            for keys in (0, 1024, 4096)
+        ]
+        told = [cpp.workspace(keys, 64, 32, back=back) for keys in (0, 1024, 4096)]
+        assert [a - asked[0] for a in asked] == told
+        assert asked[0] < 2**20

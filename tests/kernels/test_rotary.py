@@ -16,7 +16,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from scratchlm.kernels import rotary as kernels
-from scratchlm.kernels import rotary_op, rotary_triton, triton_probe
+from scratchlm.kernels import rotary_op, rotary_triton, rows_cpp, triton_probe
 from scratchlm.kernels.rotary import turn_heads
 from scratchlm.model.rope import half_split_pairs, interleaved_pairs
 
@@ -232,6 +232,8 @@ def test_when_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [kernels.fits(x.to(dtype)) for dtype in (*DTYPES, torch.float64)] == [True, True, True, False]
     assert not kernels.fits(x[0]) and not kernels.fits(x[None])
     monkeypatch.undo()
+    assert kernels.fits(x) == (DEVICE == "cuda" or rows_cpp.runs(x.dtype))
+    monkeypatch.setattr(rows_cpp, "runs", lambda dtype: False)
     assert kernels.fits(x) == (DEVICE == "cuda")
 
 

@@ -15,8 +15,8 @@ from test_flash_attention_triton import ahead, compiles
 from torch import Tensor
 from triton_device import DEVICE
 
+from scratchlm.kernels import rows_cpp, swiglu_op, swiglu_triton, triton_probe
 from scratchlm.kernels import swiglu as kernels
-from scratchlm.kernels import swiglu_op, swiglu_triton, triton_probe
 from scratchlm.kernels.swiglu import swiglu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,6 +122,8 @@ def test_when_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert not kernels.fits(x)
     monkeypatch.undo()
+    assert kernels.fits(x) == (DEVICE == "cuda" or rows_cpp.runs(x.dtype))
+    monkeypatch.setattr(rows_cpp, "runs", lambda dtype: False)
     assert kernels.fits(x) == (DEVICE == "cuda")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_trace import by_the_allocator
 
 from scratchlm.config import OptimConfig, Recipe, TrainConfig
-from scratchlm.kernels import cross_entropy
+from scratchlm.kernels import cross_entropy, rows_cpp
 from scratchlm.model import ModelConfig
 from scratchlm.optim import newton_schulz
 from scratchlm.resources import step as steps
@@ -88,7 +88,9 @@ def test_the_loss_by_hand(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("for_peak", [False, True])
-def test_on_cuda_less_is_kept(for_peak: bool) -> None:
+def test_on_cuda_less_is_kept(for_peak: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than by torch's kernels on a CPU."""
+    monkeypatch.setattr(rows_cpp, "is_worth_it", lambda dtype: False)
     changed: dict[str, Any] = SMALL | {"residual_dropout": 0.1, "attention_kernel": "sdpa"}
     prepared = [
         Traceable(ModelConfig(**changed), OptimConfig(), TrainConfig(), device_type=device)
@@ -109,7 +111,8 @@ def test_on_cuda_less_is_kept(for_peak: bool) -> None:
     assert kept[0] - kept[1] == norms + masks - means + gates + heads
 
 
-def test_shared_keys_are_repeated_in_fp32_alone() -> None:
+def test_shared_keys_are_repeated_in_fp32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_cpp, "is_worth_it", lambda dtype: False)
     kept = {}
     for precision in ("fp32", "bf16"):
         for device in ("cpu", "cuda"):
@@ -220,3 +223,12 @@ def test_one_pass_of_adam_reads_and_writes_what_its_kernel_does() -> None:
     counts = 4 * len(step.params)  # of steps, which are one more afterwards
     assert sum(op.read for op in passes) == 16 * numbers + counts + 4 * len(passes)  # the factor
     assert sum(op.written for op in passes) == 14 * numbers + counts
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mask": "sliding_window", "window": 32}, {"attention_soft_cap": 30.0}], ids=str
+)
+def test_masks_and_soft_caps_keep_no_scores(changes: dict[str, Any]) -> None:
+    memory = traced("cuda", model=changes, precision="bf16").trace
+    names = {op.name for op in memory.operations if "attention" in op.module}
+    assert {"flash_attention", "flash_attention_backward"} <= names and not names & {"bmm", "_softmax"}

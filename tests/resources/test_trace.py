@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.data.loader import Batch
+from scratchlm.kernels import flash_attention_cpp
 from scratchlm.model import ModelConfig, Transformer
 from scratchlm.optim import build_optimizers, clip_grad_norm
 from scratchlm.resources.step import CPU, Step, trace_step
@@ -175,3 +176,23 @@ def test_peak_of_made_up_storages() -> None:
     for size, born, died in ((10, 0, None), (5, 1, 3), (7, 2, 3), (1, 3, None)):
         trace.storages.append(Storage(size, born, "forward", "", "", died))
     assert trace.timeline() == [10, 15, 22, 11] and trace.peak() == (2, 22)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_threads_take_besides_in_our_attention_is_there_while_it_runs(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_attention_cpp, "is_worth_it", lambda dtype: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    step = traced(TINY, train=TrainConfig(), compiled=compiled)
+    attention = [i for i, op in enumerate(step.trace.operations) if op.name.startswith("flash_attention")]
+    assert len(attention) == 4
+    for trace in (step.trace, step.memory):
+        for i in attention:
+            back = trace.operations[i].phase == "backward"
+            size = 3 * flash_attention_cpp.workspace(64, 8, 8, back=back)
+            beside = [s for s in trace.storages if s.size == size and (s.born, s.died) == (i, i + 1)]
+            assert len(beside) == 1 and beside[0].kind == "temporaries"
+    monkeypatch.setattr(flash_attention_cpp, "is_worth_it", lambda dtype: False)
+    without = traced(TINY, train=TrainConfig(), compiled=compiled)
+    assert not any(op.name.startswith("flash_attention") for op in without.trace.operations)
