@@ -93,7 +93,7 @@ def is_the_way(q: Queries, k: Keys, v: Values, visible: Visibility | None, score
 
 
 def _is_offered(q: Tensor) -> bool:
-    return is_offered(q, IN_BLOCKS)
+    return q.device.type == "cuda" and is_offered(q, IN_BLOCKS)
 
 
 def document_reach(documents: Int[Tensor, "... length"]) -> tuple[Tensor, Tensor]:

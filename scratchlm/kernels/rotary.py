@@ -59,9 +59,10 @@ def turn_heads(
 
 
 def fits_heads(x: Tensor) -> bool:
-    """Whether :func:`turn` is the way: heads that are there already, where a gradient is wanted and no compiler makes one loop of norm and rotation."""
-    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return x.ndim == 4 and wanted and (rows_cpp.is_offered(x) or triton_here.computes(x, IN_TORCH))
+    """Whether :func:`turn` is the way: heads that are there already, where no compiler makes one loop of norm and rotation; in Triton, if a gradient is wanted."""
+    if x.ndim != 4 or torch.compiler.is_compiling():
+        return False
+    return rows_cpp.is_offered(x) or (torch.is_grad_enabled() and triton_here.computes(x, IN_TORCH))
 
 
 def turn(

@@ -1,6 +1,6 @@
 """RMSNorm, SwiGLU and rotary embedding with their gradients on a CPU, in C++: what `rows.cpp` does with tensors.
 
-For training without a compiler. torch has a chain of kernels for each, eight for a norm and a dozen for its gradient; here each is one pass over memory, and keeps for
+For training, and for reading much text at once, without a compiler. torch has a chain of kernels for each, eight for a norm and a dozen for its gradient; here each is one pass over memory, and keeps for
 its gradient no more than what it was given (a norm: and one number per row). Who compiles gets the formulas, of which the compiler makes such a pass itself.
 Sums are fp32; two runs agree to the bit, whatever the number of threads.
 """
@@ -25,6 +25,9 @@ from scratchlm.kernels.hardware import has_native_bf16
 SOURCE = Path(__file__).with_name("rows.cpp")
 OTHERWISE = "norms, SwiGLU and rotation are computed by torch, which is slower"
 DTYPES = (torch.float32, torch.bfloat16)
+
+FEW = 2**14
+"""Without a gradient, up to so many numbers torch's own kernels are left alone: text that is written token by token goes other ways."""
 
 MOST_CHUNKS, ROWS_AT_LEAST = 64, 32
 """In how many chunks, each of how many rows, a gain's gradient is added up."""
@@ -54,9 +57,9 @@ def runs(dtype: torch.dtype) -> bool:
 
 
 def is_offered(x: Tensor) -> bool:
-    """Whether the kernels are the way for `x`: on a CPU, in a dtype of theirs, where a gradient is wanted and nobody compiles."""
+    """Whether the kernels are the way for `x`: on a CPU, in a dtype of theirs, where a gradient is wanted or there are many numbers, and nobody compiles."""
     return (
-        torch.is_grad_enabled()
+        (torch.is_grad_enabled() or x.numel() > FEW)
         and not torch.compiler.is_compiling()
         and can_read(x)
         and not cpp_here.is_transformed()

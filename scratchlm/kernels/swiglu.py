@@ -17,12 +17,13 @@ IN_TORCH = "SwiGLU and its gradient are computed by torch's kernels"
 
 
 def fits(gate_up: Tensor) -> bool:
-    """Whether :func:`swiglu` is the way: half or single precision where Triton's kernels run, or those for CPUs, and a gradient is wanted.
+    """Whether :func:`swiglu` is the way: half or single precision where Triton's kernels run and a gradient is wanted, or where those for CPUs do.
 
     Without a gradient torch.compile makes one pass of the formula as well; and where a token is written at a time, the call of an operation
     of our own takes longer than the two of torch.
     """
-    return torch.is_grad_enabled() and (rows_cpp.is_offered(gate_up) or triton_here.is_offered(gate_up, IN_TORCH))
+    in_triton = torch.is_grad_enabled() and triton_here.is_offered(gate_up, IN_TORCH)
+    return in_triton or rows_cpp.is_offered(gate_up)
 
 
 def swiglu(gate_up: Float[Tensor, "... 2*d_ff"]) -> Float[Tensor, "... d_ff"]:

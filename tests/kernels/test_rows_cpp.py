@@ -321,7 +321,10 @@ def test_a_model_that_is_trained_takes_them_and_one_that_is_read_does_not(counte
     counted.clear()
     with torch.no_grad():
         model(IDS)
-    assert counted == []
+        assert counted == []
+        large = Transformer(TINY.model_copy(update={"d_model": 512}), seed=0)
+        large(IDS.expand(4, 2, 16).flatten(0, 1))
+    assert set(counted) == {"turn forward", "swiglu forward"}, "norms without gradients have a kernel of their own"
 
 
 @pytest.mark.parametrize(
