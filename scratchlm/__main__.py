@@ -1,7 +1,5 @@
 """``python -m scratchlm``."""
 
-import sys
+from scratchlm.cli import program
 
-from scratchlm.cli import main
-
-sys.exit(main())
+program()

@@ -6,6 +6,7 @@ Whatever a user can get wrong ends as one line, ``scratchlm: error: …``, with 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import errno
@@ -14,10 +15,11 @@ import io
 import os
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from scratchlm.errors import UserError
 
@@ -122,6 +124,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"scratchlm: {error}", file=sys.stderr)
             return 128 + int(number)
     return 0
+
+
+def program() -> NoReturn:
+    """The command as a process of its own.
+
+    Having answered, it leaves at once: to take a process with torch in it apart, object by object, takes up to two seconds. What has to be done at its end
+    (`atexit`) is done; if threads still work, it waits for them as usual.
+    """
+    status = main()
+    if all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(message: str) -> int:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,12 +260,13 @@ class Pipeline:
         from scratchlm.data.prefetch import Prefetcher
         from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
-        from scratchlm.resources.plan import plan_of
+        from scratchlm.resources.no_compiler import without_the_compiler
         from scratchlm.resources.utilisation import mfu_on
         from scratchlm.train.batch_warmup import GrowingBatches
         from scratchlm.train.checkpoint import checkpoints
         from scratchlm.train.loop import Trainer
         from scratchlm.train.loss import NextTokenLoss, loss_options
+        from scratchlm.train.precision import choose_compile
         from scratchlm.train.trackers import Trackers
 
         data, recipe = self.data, self.recipe
@@ -314,7 +316,14 @@ class Pipeline:
             resumed_at=found[-1].step if found else None,
         )
         growing = GrowingBatches(loader, recipe.train) if recipe.train.batch_warmup_steps else loader
-        with trackers, Prefetcher(growing) as batches:
+        plan = None
+        if recipe.train.parts is None:
+            from scratchlm.resources.plan import plan_of
+
+            plan = plan_of(self.model_config, recipe.optim, recipe.train, device_type=self.device.type)
+        eager = choose_compile(recipe.train.compile, self.device, recipe.train.steps).value == "off"
+        # An optimizer of torch's kind imports the whole compiler, to be left alone by it: longer than a short run's first steps.
+        with without_the_compiler() if eager else nullcontext(), trackers, Prefetcher(growing) as batches:
             trainer = Trainer(
                 model=model,
                 loss=NextTokenLoss(model, **loss_options(recipe.train)),
@@ -327,7 +336,7 @@ class Pipeline:
                 trackers=trackers.log,
                 tokenizer=self.tokenizer,
                 seed=recipe.seed,
-                plan=plan_of(self.model_config, recipe.optim, recipe.train, device_type=self.device.type),
+                plan=plan,
                 utilisation=mfu_on(self.device),
                 say=self.say,
                 show_progress=self.show_progress,

@@ -53,3 +53,23 @@ def test_training_says_so_before_torch_is_imported(small: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == str(threads.SPINS)
+
+
+def test_a_process_leaves_at_once_but_not_before_its_threads_and_what_is_to_be_done_at_its_end() -> None:
+    code = """
+import atexit, sys, threading, time
+import scratchlm.cli as cli
+
+def work(arguments=None):
+    print("answered")
+    atexit.register(print, "at the end")
+    if sys.argv[1] == "thread":
+        threading.Thread(target=lambda: (time.sleep(0.3), print("worked"))).start()
+    return 7
+
+cli.main = work
+cli.program()
+"""
+    for how, said in (("plain", ["answered", "at the end"]), ("thread", ["answered", "worked", "at the end"])):
+        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 7 and done.stdout.split("\n")[:-1] == said

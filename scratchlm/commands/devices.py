@@ -50,6 +50,7 @@ def devices(arguments: list[str]) -> None:
         write(json.dumps({name: device.model_dump(mode="json") for name, device in every.items()}, indent=2) + "\n")
         return
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
 
     table = _table(
         ("name", "title"), ("bf16\nTFLOP/s", "fp32\nTFLOP/s", "memory\nGB", "GB/s", "USD/h", "price\nof")
@@ -57,14 +58,14 @@ def devices(arguments: list[str]) -> None:
     table.box = SIMPLE_HEAD
     for name, device in every.items():
         table.add_row(
-            name,
-            device.title,
+            escape(name),
+            escape(device.title),
             _number(device.peak_flops.get("bf16"), 1e12),
             _number(device.peak_flops.get("fp32"), 1e12),
             _number(device.memory_bytes, 1e9),
             _number(device.memory_bandwidth, 1e9),
             "–" if device.price_per_hour is None else f"{device.price_per_hour:.2f}",
-            device.price_date or "–",
+            escape(device.price_date or "–"),
         )
     _print(table)
     say("Peaks are of dense matrix products. Prices are assumptions: typical list prices on demand at that date.")
@@ -115,6 +116,7 @@ def measure(arguments: list[str]) -> None:
 
     path = options.out or default_path()
     refuse_other_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before a minute of measuring, not after it
     former = load_measurement(path) if path.exists() else None
     if options.threads:
         torch.set_num_threads(options.threads)

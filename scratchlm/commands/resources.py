@@ -201,6 +201,7 @@ def _settle(
 ) -> tuple[str, bool, Machine | None, Target]:
     """Precision, compiled or not, what knows times, and what for."""
     from scratchlm.resources.devices import this_machine
+    from scratchlm.resources.estimate import within_limit
     from scratchlm.resources.measurement import load_measurement
     from scratchlm.resources.tables import Target
     from scratchlm.resources.timing import Datasheet, Measured
@@ -232,8 +233,13 @@ def _settle(
         device = this_machine(here)
         precision = choose_precision(wanted, here).value
         compiled = choose_compile(compiling, here, recipe.train.steps).value == "on"
-        if device.measured:
-            machine = Measured(load_measurement())
+        measured = load_measurement() if device.measured else None
+        if measured is not None and precision in measured.dtypes:
+            machine = Measured(measured)
+        elif measured is not None:
+            notes.append(
+                f"no times: {precision} was not measured here; `scratchlm resources measure --dtypes {precision}` does"
+            )
         elif not _lacking(device, precision):
             machine = Datasheet(device)
             notes.append(
@@ -241,11 +247,13 @@ def _settle(
             )
         else:
             notes.append(f"no times: run {MEASURE} once (about a minute), or name a device, as in --device h100")
+    if recipe.train.fp8:
+        notes.append("train.fp8 is not in these figures: they are those of products in bf16")
     price, origin = options.price, ""
     if price is None and device.price_per_hour is not None:
         price = device.price_per_hour
         origin = f"a typical list price of {device.price_date}, an assumption"
-    memory = device.memory_bytes if memory is None else memory
+    memory = within_limit(recipe.train, device.memory_bytes if memory is None else memory)
     return precision, compiled, machine, Target(device, memory, price, origin, tuple(notes))
 
 

@@ -101,9 +101,10 @@ def _pictures(records: Sequence[Mapping[str, Any]], yardsticks: Mapping[str, flo
     pictures = {}
     themes: tuple[Theme, ...] = ("light", "dark")
     layouts: tuple[Layout, ...] = ("wide", "tall")
-    for theme in themes:
-        for layout in layouts:
-            figure = loss_figure(records, yardsticks, theme=theme, layout=layout)
+    for layout in layouts:
+        figure = None
+        for theme in themes:
+            figure = loss_figure(records, yardsticks, theme=theme, layout=layout, placed_as=figure)
             pictures[f"{theme}_{layout}"] = base64.b64encode(png_bytes(figure)).decode("ascii")
     return pictures
 

@@ -78,13 +78,20 @@ class KVCache:
         return total * dtype.itemsize
 
     @staticmethod
-    def state_bytes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of one row that does not grow with the length: states (fp32 at least), and full windows, over all layers."""
+    def state_bytes(config: ModelConfig, dtype: torch.dtype = torch.float32, max_length: int | None = None) -> int:
+        """Memory of one row that does not grow with the length: states (fp32 at least), and full windows, over all layers.
+
+        Args:
+            config: the architecture.
+            dtype: of keys and values.
+            max_length: of the cache, where that is known: a window has no more slots.
+        """
         total = 0
         for layer in range(config.layers):
             kind = choices.ATTENTION.get(config.attention_at(layer))
             reach = choices.MASK.get(config.mask_at(layer)).of(config).reach
-            window = 0 if reach is None else window_slots(reach) * kind.cache_widths(config)
+            slots = 0 if reach is None else window_slots(reach)
+            window = (slots if max_length is None else min(slots, max_length)) * kind.cache_widths(config)
             wider = max(0, torch.float32.itemsize - dtype.itemsize)
             total += (window + kind.state_size(config)) * dtype.itemsize + wider * kind.wide_size(config)
         return total

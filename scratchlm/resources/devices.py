@@ -91,6 +91,10 @@ def load_devices(path: str | os.PathLike[str]) -> dict[str, Device]:
     except ValueError as error:  # also what is no UTF-8
         raise UserError(f"file of devices {path} is not valid TOML: {error}") from error
     documents = tables.pop("documents", {})
+    if not isinstance(documents, dict) or not all(isinstance(name, str) for name in documents.values()):
+        raise UserError(
+            f'{path}: documents is a table of names, such as datasheet = "NVIDIA, A100 datasheet, 2021"'
+        )
     return {name: _device(name, table, documents, f"{path}: {name}") for name, table in tables.items()}
 
 

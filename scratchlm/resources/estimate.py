@@ -10,12 +10,14 @@ from typing import Any
 from scratchlm.config import Recipe, TrainConfig
 from scratchlm.errors import UserError
 from scratchlm.generate.cache import KVCache
+from scratchlm.machine import COMPILER
 from scratchlm.model.config import ModelConfig
 from scratchlm.resources.account import Account
 from scratchlm.resources.answer import Estimate, Time
 from scratchlm.resources.any_depth import Steps, Taken
 from scratchlm.resources.step import as_run_on
 from scratchlm.resources.timing import Machine, no_less_than_calls
+from scratchlm.sizes import parse_bytes
 from scratchlm.train.fitting import MARGIN, Need, largest
 
 IN_8_BITS = (1 + 4 / 256) / 4
@@ -61,7 +63,7 @@ def estimate(
         precision: ``bf16`` or ``fp32``.
         compiled: whether the model's blocks go through torch.compile: passes between products are fused, and less is kept.
         machine: gives times; None: no times.
-        memory_bytes: of the device, for the largest micro-batch; None: it is not said.
+        memory_bytes: of the device, for the largest micro-batch, which ``train.memory_limit`` bounds as well; None: it is not said.
         price_per_hour: for the money.
         micro_batch: sequences at once, a divisor of the recipe's batch; None: the recipe's.
         savings: also trace what other choices would need.
@@ -77,7 +79,8 @@ def estimate(
 
     steps = Steps(config, recipe.optim, recipe.train, device_type=device_type)
     options: dict[str, Any] = {"precision": precision, "compiled": compiled}
-    rows = micro_batch or _micro_batch(recipe.train, steps, options, memory_bytes)
+    rows = micro_batch or _micro_batch(recipe.train, steps, options, memory_bytes, device_type)
+    memory_bytes = within_limit(recipe.train, memory_bytes)
     whole = recipe.train.batch_size
     if whole % rows:
         raise UserError(
@@ -101,12 +104,11 @@ def estimate(
 
     other = 2 * rows if rows == 1 else rows // 2
     peaks = {rows: memory.peak, other: peak(other)}
-    slope = (peaks[rows] - peaks[other]) / (rows - other)
-    fixed = memory.peak - slope * rows
     largest = None
     if memory_bytes is not None:
         most = max(rows, other, LONGEST_TRACE // length)
         largest = largest_fitting(peak, memory_bytes, peaks, most)
+    fixed, slope = _line(peaks, rows, largest)
     tokens = rows * length
     cache, bounded = _cache(config, precision)
     return Estimate(
@@ -138,15 +140,39 @@ def estimate(
     )
 
 
-def _micro_batch(train: TrainConfig, steps: Steps, options: dict[str, Any], memory: float | None) -> int:
-    """The recipe's; where that is ``auto``, what a run would begin with on a device with so much memory."""
-    if train.parts is not None or memory is None:
+def _line(peaks: dict[int, int], rows: int, largest: int | None) -> tuple[float, float]:
+    """Bytes = fixed + slope · sequences, true for `rows` of them and for the most that fit, or for those nearest to these that were traced.
+
+    The peak bends where another moment becomes the highest; between the two it is no higher than the line, or little. A step of which twice as many sequences take
+    more than twice as much has no fixed part.
+    """
+    others = [known for known in peaks if known != rows]
+    end = min(others, key=lambda known: (abs(known - (largest or 0)), known))
+    slope = (peaks[end] - peaks[rows]) / (end - rows)
+    fixed = peaks[rows] - slope * rows
+    return (fixed, slope) if fixed >= 0 else (0.0, peaks[rows] / rows)
+
+
+def within_limit(train: TrainConfig, memory: float | None) -> float | None:
+    """Bytes that a step may take: the device's, or fewer by ``train.memory_limit``; None where neither is known."""
+    limit = None if train.memory_limit is None else parse_bytes(train.memory_limit)
+    return min((size for size in (memory, limit) if size is not None), default=None)
+
+
+def _micro_batch(
+    train: TrainConfig, steps: Steps, options: dict[str, Any], memory: float | None, device_type: str
+) -> int:
+    """The recipe's; where that is ``auto``, what a run would begin with on a device with so much memory (:func:`scratchlm.train.fitting.choose`)."""
+    if memory is not None and options["compiled"] and device_type == "cpu":
+        memory = max(0, memory - COMPILER)
+    budget = within_limit(train, memory)
+    if train.parts is not None or budget is None:
         return train.batch_size // (train.parts or 1)
 
     def need(rows: int) -> Need:
         return Need(steps.ask(Taken.peak, micro_batch=rows, accumulation=train.batch_size // rows, **options))
 
-    return largest(train.batch_size, (1 - MARGIN) * memory, need)[0]
+    return largest(train.batch_size, (1 - MARGIN) * budget, need)[0]
 
 
 def largest_fitting(
@@ -194,7 +220,7 @@ def _cache(config: ModelConfig, precision: str) -> tuple[int, int]:
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return KVCache.bytes_per_token(config, dtype), KVCache.state_bytes(config, dtype)
+    return KVCache.bytes_per_token(config, dtype), KVCache.state_bytes(config, dtype, config.context_length)
 
 
 def _time(

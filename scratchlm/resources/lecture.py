@@ -15,7 +15,7 @@ from scratchlm.files import write_text
 from scratchlm.model import presets
 from scratchlm.model.draw.cost import components
 from scratchlm.model.draw.hollow import hollow
-from scratchlm.resources.step import Step, trace_step
+from scratchlm.resources.step import Step, as_run_on, trace_step
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lecture2.md"
 GPT2 = ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -72,10 +72,18 @@ class Line:
 
 
 def adamw_memory(preset: str, length: int, precision: str) -> tuple[Line, Step]:
-    """Peak bytes of a training step as a line in the sequences of a micro-batch, traced at one and two of them."""
-    config = presets.load(preset).model_copy(update={"attention_dropout": 0.0})  # see the page
+    """Peak bytes of a training step on CUDA as a line in the sequences of a micro-batch, traced at one and two of them."""
+    config = presets.load(preset)
     steps = [
-        trace_step(config, OptimConfig(), TrainConfig(), precision=precision, micro_batch=rows, length=length)
+        trace_step(
+            as_run_on("cuda", config, length),
+            OptimConfig(),
+            TrainConfig(),
+            precision=precision,
+            micro_batch=rows,
+            length=length,
+            device_type="cuda",
+        )
         for rows in (1, 2)
     ]
     one, two = (step.trace.peak()[1] for step in steps)
@@ -123,7 +131,7 @@ def six_n() -> str:
     cases += [("mixtral-8x7b", 4096), ("deepseek-v3-671b", 4096)]
     for name, length in cases:
         model = hollow(presets.load(name))
-        exact = model.flops_per_token(length) * 3
+        exact = model.training_flops_per_token(length)
         n, active = model.num_params(), model.num_active_params()
         rows.append(
             [
@@ -242,8 +250,7 @@ Forward pass. As the model grows, the projections and the feed-forward take over
 
 fp32 weights, gradients and two moments: 16 bytes per parameter. The peak of a step is a line in the number of sequences; its fixed
 part also holds the block of logits of the chunked loss. Context 1,024. `bf16` is autocast: weights stay fp32, their bf16 copies live during the
-forward and backward pass. Without dropout inside the attention, which the fused kernel of a CPU does not know: there the scores of
-all pairs would be kept (of a GPU's it does, and they are not).
+forward and backward pass. Traced as on CUDA, eager: its fused attention keeps no scores, dropout inside or not.
 
 {memory()}
 

@@ -70,8 +70,9 @@ def si(value: float, unit: str = "") -> str:
 def seconds(value: float) -> str:
     """``4.75 ms``, ``2.85 s``, ``24.7 min``, ``3.2 h``, ``12.5 days``."""
     for size, unit in ((2 * 86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
-        if value >= size:
-            return f"{value / (86400 if unit == 'days' else size):.3g} {unit}"
+        shown = value / (86400 if unit == "days" else size)
+        if value >= 0.9995 * size:  # what three digits would write as the next unit's 1
+            return f"{shown:,.0f} {unit}" if shown >= 999.5 else f"{shown:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
 
 

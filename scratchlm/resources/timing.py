@@ -113,7 +113,23 @@ class Datasheet:
             f"products reach {self.product_share:.0%} of the printed dense peak, fused attention {self.attention_share:.0%}",
             f"everything else reaches {self.bandwidth_share:.0%} of the memory's bandwidth",
             f"a kernel starts every {self.launch * 1e6:g} µs at best",
+            *(
+                f"what is multiplied in {name} takes the peak of {other}: no other is printed"
+                for name, other in self._instead()
+            ),
         )
+
+    def _instead(self) -> Iterator[tuple[str, str]]:
+        """fp32 or bf16, where its peak is not printed, and the other of the two, whose is: TPUs multiply fp32 in bf16 unless told otherwise, and torch takes fp32
+        where a GPU has no bf16."""
+        peaks: dict[str, float] = {str(name): peak for name, peak in self.device.peak_flops.items()}
+        for name, other in (("fp32", "bf16"), ("bf16", "fp32")):
+            if name not in peaks and other in peaks:
+                yield name, other
+
+    def _peak(self, dtype: torch.dtype) -> float:
+        name = NAMES.get(dtype, "fp32")
+        return self.device.peak(dict(self._instead()).get(name, name))
 
     @property
     def is_cpu(self) -> bool:
@@ -124,7 +140,7 @@ class Datasheet:
         if not operation.flops:
             return Cost(moved, "memory")
         share = self.attention_share if is_attention(operation) else self.product_share
-        computed = operation.flops / (share * self.device.peak(NAMES.get(operation.dtype, "fp32")))
+        computed = operation.flops / (share * self._peak(operation.dtype))
         return Cost(max(moved, computed), "compute" if computed >= moved else "memory")
 
     def of_pass(self, moved: int, operations: int) -> Cost:
@@ -224,6 +240,8 @@ class Measured:
         def away(length: int, head_dim: int) -> float:
             return abs(math.log(length / max(1, queries))) + abs(math.log(head_dim / max(1, width)))
 
+        if not measured:
+            return self.measurement.ceiling(dtype)
         nearest = min(measured, key=lambda one: away(one.length, one.head_dim))
         same = {
             one.direction: one
@@ -243,6 +261,8 @@ class Measured:
             for one in self.measurement.elementwise
             if one.operation == kind and one.dtype == dtype
         ) or sorted((one.tensor_bytes, one.bytes_per_second) for one in self.measurement.elementwise)
+        if not points:
+            return self.measurement.bandwidth
         logs = [(math.log(size), math.log(rate)) for size, rate in points]
         return math.exp(between(logs, math.log(max(size, 1))))
 

@@ -195,3 +195,24 @@ def test_a_page_is_never_replaced(folder: Path, capsys: pytest.CaptureFixture[st
 )
 def test_what_is_wrong_is_said_in_a_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in refused(capsys, *options)
+
+
+def test_devices_that_print_one_peak_have_times(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (("--device", "tpu-v5e"), ("--device", "t4", "--optim.optimizer", "muon")):
+        values = found(capsys, "tiny.toml", *options)
+        assert values["time"]["step"] > 0
+        assert any("takes the peak of" in line for line in values["time"]["assumptions"])
+
+
+def test_a_limit_on_memory_is_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("tiny.toml", "--device", "h100", "--train.batch-size", "64", "--train.micro-batch", "auto")
+    free = found(capsys, *options)
+    limited = found(capsys, *options, "--train.memory-limit", "1MB")
+    assert free["micro_batch"] == 64 > limited["micro_batch"]
+    assert limited["memory"]["peak"] <= 0.9e6 and limited["target"]["memory_bytes"] == 1e6
+    assert found(capsys, *options, "--memory", "1MB")["micro_batch"] == limited["micro_batch"]
+
+
+def test_fp8_is_not_passed_over_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = found(capsys, "tiny.toml", "--device", "h100", "--train.fp8", "True")["target"]["notes"]
+    assert any("train.fp8 is not in these figures" in note for note in notes)

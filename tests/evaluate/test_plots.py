@@ -179,3 +179,12 @@ def test_no_global_state_of_matplotlib_is_touched() -> None:
     backend, open_figures = matplotlib.get_backend(), plt.get_fignums()
     png_bytes(loss_figure(run(10)), dpi=40)
     assert matplotlib.get_backend() == backend and plt.get_fignums() == open_figures
+
+
+def test_another_theme_lies_as_the_first_one() -> None:
+    first = loss_figure(run(), YARDSTICKS)
+    png_bytes(first)
+    second = loss_figure(run(), YARDSTICKS, theme="dark", placed_as=first)
+    png_bytes(second)
+    for one, other in zip(first.axes, second.axes, strict=True):
+        assert one.get_position().bounds == other.get_position().bounds

@@ -191,6 +191,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[x", "not valid TOML"),
+        ("documents = 3", "documents is a table of names"),
+        ("[documents]\nd = 3", "documents is a table of names"),
         ('x = "y"', "x: a device is a table"),
         ('[x]\ntitle = "x"\nkind = "gpu"', "x: kind = 'gpu' is unknown; did you mean"),
         ('[x]\nkind = "cuda"', "title"),
@@ -304,3 +306,20 @@ def test_bad_input_is_one_line(command: str, message: str, capsys: pytest.Captur
     assert printed.startswith("scratchlm: error: ") and printed.count("\n") == 1
     assert message in printed
     assert not (small / "never.json").exists()
+
+
+def test_a_title_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text('[x]\ntitle = "[red]odd[/blue]"\nkind = "cuda"\n')
+    assert main(["resources", "devices", "x", "--file", str(tmp_path / "mine.toml")]) == 0
+    assert "[red]odd[/blue]" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_told_of_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scratchlm.resources import measure
+
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: pytest.fail("measured for nothing"))
+    (tmp_path / "file").write_text("")
+    assert main(["resources", "measure", "--quick", "--out", str(tmp_path / "file" / "device.json")]) == 2
+    assert "cannot use" in capsys.readouterr().err

@@ -12,13 +12,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from scratchlm.config import Recipe
+from scratchlm.generate.cache import KVCache
 from scratchlm.kernels import flash_attention_cpp, rows_cpp
 from scratchlm.machine import find_compiler
 from scratchlm.model import presets
 from scratchlm.model.draw.hollow import hollow
+from scratchlm.model.transformer import Transformer
 from scratchlm.resources.answer import collapsed
 from scratchlm.resources.devices import find
 from scratchlm.resources.estimate import (
+    _line,
     estimate,
     largest_fitting,
     model_of,
@@ -331,3 +334,32 @@ def test_the_loss_of_a_cpu_with_a_compiler_is_in_place(
         peaks.append(found.memory.peak)
     assert ("exp_" in names[0]) == (not changes) and "exp_" not in names[1] and "exp" in names[1]
     assert peaks[1] > peaks[0] + 1000 * 5000 * 4 or changes
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "memory"),
+    [({"context_length": 32}, 1, 4e8), ({}, 8, 4e8), ({"context_length": 32}, 8, 3e6), ({}, 8, 1e3)],
+)
+def test_the_line_of_bytes_agrees_with_the_most_that_fit(model: dict[str, Any], rows: int, memory: float) -> None:
+    given = recipe(model=model, train={"batch_size": rows})
+    found = estimate(given, precision="fp32", memory_bytes=memory, savings=False)
+    assert found.fixed_bytes + rows * found.bytes_per_sequence == pytest.approx(found.memory.peak)
+    assert found.fixed_bytes >= 0 < found.bytes_per_sequence
+    if found.largest_micro_batch:
+        line = found.fixed_bytes + found.largest_micro_batch * found.bytes_per_sequence
+        assert line <= memory * 1.02 and line + 2 * found.bytes_per_sequence > 0.98 * memory
+
+
+def test_attention_that_grows_faster_than_its_batch_has_no_negative_part() -> None:
+    assert _line({4: 100, 2: 40}, 4, None) == (0.0, 25.0)
+
+
+def test_a_cache_is_no_longer_than_the_context() -> None:
+    windows = {"mask": ["sliding_window", "causal"], "window": 24, "layers": 2, "context_length": 32}
+    given = recipe(model=windows)
+    found = estimate(given, precision="fp32", savings=False)
+    cache, model = KVCache(model_of(given), 1, 32), Transformer(model_of(given), seed=0)
+    with torch.no_grad():
+        model(torch.zeros(1, 32, dtype=torch.int64), cache=cache)
+    held = sum(t.numel() * t.itemsize for layer in cache._slots for t in layer.values())
+    assert found.cache_bytes_per_token * 32 + found.cache_bytes_bounded == held

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from scratchlm.cli import main
 from scratchlm.config import OptimConfig, TrainConfig
 from scratchlm.model import ModelConfig
+from scratchlm.resources import devices, measurement
 from scratchlm.resources.devices import Device
 from scratchlm.resources.measurement import Measurement
 from scratchlm.resources.step import trace_step
@@ -43,6 +47,16 @@ def test_a_datasheet_by_hand() -> None:
     assert machine.of(operation("add", moved=8 * 10**8)).seconds == pytest.approx(0.01)
     trace = Trace([operation("add", moved=8) for _ in range(1000)])
     assert seconds_by_phase(trace, machine, compiled=False)["forward"] == pytest.approx(1e-3)  # a thousand launches
+
+
+@pytest.mark.parametrize(("printed", "missing"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_peak_that_is_not_printed_is_that_of_the_other_dtype_and_said(printed: str, missing: str) -> None:
+    """TPUs multiply fp32 in bf16, GPUs without bf16 compute in fp32: some product of a step is always in the other."""
+    machine = Datasheet(ROUND.model_copy(update={"peak_flops": {printed: 1e12}}), product_share=0.5)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert machine.of(operation(flops=10**12, dtype=dtype)).seconds == pytest.approx(2.0)
+    assert f"multiplied in {missing} takes the peak of {printed}" in machine.assumptions[-1]
+    assert not any("takes the peak" in line for line in Datasheet(ROUND).assumptions)
 
 
 def test_shapes_of_products() -> None:
@@ -184,3 +198,34 @@ def test_a_whole_step_takes_longer_with_more_of_everything() -> None:
     assert plain < total(rows=4) < total(rows=8)
     assert plain < total(layers=4) and plain < total(d_model=128) and plain < total(context_length=256)
     assert total(compiled=True) < plain
+
+
+def test_a_measurement_without_passes_or_attention_still_tells_times() -> None:
+    bare = measured(attention=[], elementwise=[])
+    machine = Measured(bare)
+    assert machine.of(operation("add", moved=10**9, dtype=torch.float32)).seconds >= 10**9 / bare.bandwidth
+    attention = operation(
+        "_scaled_dot_product_flash_attention_for_cpu", flops=10**9, shapes=((1, 2, 64, 16),), dtype=torch.float32
+    )
+    assert machine.of(attention).seconds >= 10**9 / bare.ceiling("fp32")
+
+
+def test_what_was_not_measured_has_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this machine, of which fp32 alone was measured."""
+    monkeypatch.setattr(measurement, "load_measurement", lambda *_: measured())
+    here = devices.this_machine
+
+    def as_measured(device: torch.device) -> Device:
+        return here(device).model_copy(update={"measured": True})
+
+    monkeypatch.setattr(devices, "this_machine", as_measured)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text("[model]\nvocab_size = 300\nd_model = 16\nlayers = 1\nheads = 2\ncontext_length = 32\n")
+    answers = []
+    for dtype in ("fp32", "bf16"):
+        assert main(["resources", str(recipe), "--device", "cpu", "--dtype", dtype, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["time"]["step"] > 0 and answers[1]["time"] is None
+    assert "bf16 was not measured here" in answers[1]["target"]["notes"][0]
