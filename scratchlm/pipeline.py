@@ -216,6 +216,11 @@ class Pipeline:
         )
         if not self.finished:
             self.folder.refuse_change("data", key, "the corpus or the tokenizer")
+        elif self.folder.key("data") not in (key, None):
+            raise UserError(
+                f"the corpus or the tokenizer has changed since {self.folder.path} was trained, and with it what was held out: bring it "
+                "back, or name files to evaluate on after the run's folder"
+            )
         folder = self.recipe.cache / "data" / key
         action = "skipped" if (folder / "manifest.json").exists() else "built"
         if action == "built" and (folder / "unfinished.json").exists():

@@ -34,8 +34,12 @@ def refuse_existing(path: Path | None, overwrite: bool) -> None:
         raise UserError(f"{path} exists; choose another --out, or --overwrite True")
 
 
-def corpus_of_files(files: list[str]) -> CorpusConfig:
+def corpus_of_files(files: list[str], like: CorpusConfig | None = None) -> CorpusConfig:
     """All documents of text, JSON-lines or parquet files (which, their names say); none: the embedded corpus.
+
+    Args:
+        files: paths or globs.
+        like: how a run reads its text: where documents end, which field is the text, what becomes of bytes that are no UTF-8.
 
     Raises:
         UserError: files of several kinds.
@@ -52,7 +56,8 @@ def corpus_of_files(files: list[str]) -> CorpusConfig:
     if len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         raise UserError(f"{first} and {second} are of different kinds; name files of one kind at a time")
-    return CorpusConfig(kind=next(iter(kinds)), paths=files, validation_fraction=0.0)
+    how = {} if like is None else like.model_dump(include={"separator", "text_field", "encoding_errors"})
+    return CorpusConfig(kind=next(iter(kinds)), paths=files, validation_fraction=0.0, **how)
 
 
 def take_preset(arguments: list[str]) -> str | None:

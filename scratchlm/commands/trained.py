@@ -92,14 +92,16 @@ def _evaluate_files(
     from scratchlm.data import open_corpus
     from scratchlm.evaluate.compressors import compressed_sizes
     from scratchlm.evaluate.evaluation import evaluate_tokens, tokenise
-    from scratchlm.interop.folders import separator_of
+    from scratchlm.interop.folders import run_of, separator_of
     from scratchlm.interop.native import load, precision_of
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer that can be read here, which is needed to read text")
-    corpus = open_corpus(corpus_of_files(files))
+    if recipe is None and (run := run_of(folder)) is not None:
+        recipe = load_recipe(run / "recipe.toml")
+    corpus = open_corpus(corpus_of_files(files, None if recipe is None else recipe.corpus))
     separator = separator_of(folder, tokenizer)
     with tokenise(corpus, tokenizer, separator_id=separator) as tokens:
         sizes = compressed_sizes(corpus.bytes_of("train"), total=tokens.bytes) if options.compressors else None

@@ -153,17 +153,24 @@ def _separator_saved(folder: Path) -> str | None:
     return Checkpoint(folder, 0).separator() if own else None
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is or lies in: its `checkpoints`, one of these, or an average of weights in it or in one of them; None: in none."""
+    for place in (folder, *folder.resolve().parents[:3]):
+        if (place / "recipe.toml").exists() and (place / "checkpoints").is_dir():
+            return place
+    return None
+
+
 def separator_of(folder: Path, tokenizer: Tokenizer | None) -> int | None:
     """The id between documents of a run (its recipe says it) or of an imported or exported model; None: unknown."""
     if tokenizer is None or not tokenizer.special_tokens:
         return None
     folder = expanded(folder)
-    for place in (folder, *folder.resolve().parents[:2]):
-        if (place / "recipe.toml").exists() and (place / "checkpoints").is_dir():
-            from scratchlm.config import load_recipe
-            from scratchlm.pipeline import separator_id
+    if (run := run_of(folder)) is not None:
+        from scratchlm.config import load_recipe
+        from scratchlm.pipeline import separator_id
 
-            return separator_id(tokenizer, load_recipe(place / "recipe.toml"))
+        return separator_id(tokenizer, load_recipe(run / "recipe.toml"))
     if (separator := _separator_saved(folder)) in tokenizer.special_tokens:
         return tokenizer.special_tokens[str(separator)]
     ends = end_tokens(folder, tokenizer)

@@ -208,6 +208,7 @@ def _flash_with_sinks(q: Queries, k: Keys, v: Values, visible: Visibility | None
         key = "added", None, q.dtype
         mask = visible.kept(key, lambda: _added(length, length, visible, None, q.dtype, q.device))
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernel does not ask
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, mask is None, attn_mask=mask, scale=scores.scale_of(q.shape[-1])
     )

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels import cross_entropy_cpp
+from scratchlm.kernels.derivatives import first_derivative_only
 from scratchlm.kernels.functions import soft_cap
 from scratchlm.kernels.triton_here import DTYPES, computes, runs_on
 
@@ -231,7 +231,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return objective, nats
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grad_outputs[0]
         given = (

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels import flash_attention_op as fused
@@ -43,6 +42,7 @@ from scratchlm.kernels.attention import (
     sdpa_attention,
 )
 from scratchlm.kernels.blocked_attention import blocked_attention
+from scratchlm.kernels.derivatives import first_derivative_only
 from scratchlm.kernels.functions import soft_cap
 from scratchlm.kernels.visibility import BLOCK, Span, Visibility, take
 
@@ -137,7 +137,7 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_out: Mixed) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, sinks, out, log_sums = ctx.saved_tensors
         d_q, d_k, d_v, d_slopes, delta = walk_backward(d_out, q, k, v, slopes, out, log_sums, ctx.sheet)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels import cpp_here, triton_here
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
+from scratchlm.kernels.derivatives import first_derivative_only
 from scratchlm.kernels.hardware import has_amx, has_native_bf16
 from scratchlm.kernels.triton_here import constant_in_graphs
 from scratchlm.kernels.visibility import Visibility
@@ -225,7 +225,7 @@ class FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_q, d_k, d_v, _ = backward(grad_outputs[0], *ctx.saved_tensors, *ctx.numbers)
         return d_q, d_k, d_v, None, None

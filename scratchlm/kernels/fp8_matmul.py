@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from scratchlm.kernels.derivatives import first_derivative_only
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
@@ -65,7 +66,7 @@ class _Fp8Linear(torch.autograd.Function):
         return _product(x8, w8, x_scale, w_scale)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x8, w8, x_scale, w_scale = ctx.saved_tensors
         d8, d_scale = to_fp8(grad_outputs[0], BACKWARD)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scratchlm.kernels import cpp_here, triton_here
 from scratchlm.kernels.attention import heads_inside
+from scratchlm.kernels.derivatives import first_derivative_only
 from scratchlm.kernels.hardware import has_native_bf16
 
 SOURCE = Path(__file__).with_name("rows.cpp")
@@ -297,7 +297,7 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return *norm_backward(grad_outputs[0], *ctx.saved_tensors), None
 
@@ -311,7 +311,7 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_forward(gate_up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return swiglu_backward(grad_outputs[0], *ctx.saved_tensors)
 
@@ -328,7 +328,7 @@ class TurnHeads(torch.autograd.Function):
         return turn_forward(projected, cos, sin, heads, kv_heads, interleaved)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_q, d_k, d_v = grad_outputs
         cos, sin = ctx.saved_tensors

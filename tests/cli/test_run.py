@@ -292,10 +292,33 @@ def test_the_held_out_text_as_a_file_gives_the_runs_own_figure(
         out = f"runs/{len(options)}"
         lines(capfd, "run", "small.toml", *SIX, "--out", out, *options)
         figures = json.loads((small / out / "evaluation.json").read_text())
-        assert main(["evaluate", out, "held-out.jsonl"]) == 0
-        shown = capfd.readouterr().out
-        for figure in (f"{figures['loss']:.4f}", f"{figures['bits_per_byte']:.4f}", f"{figures['text_bytes']:,}"):
-            assert figure in shown
+        for named in (out, f"{out}/checkpoints"):  # which lie in the run that knows how they were trained
+            assert main(["evaluate", named, "held-out.jsonl"]) == 0
+            shown = capfd.readouterr().out
+            for figure in ("loss", "bits_per_byte"):
+                assert f"{figures[figure]:.4f}" in shown
+            assert f"{figures['text_bytes']:,}" in shown
+
+
+def test_a_run_is_not_judged_on_another_text(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines(capfd, "run", "small.toml", *SIX)
+    own = (small / "runs/small/evaluation.json").read_bytes()
+    corpus = small / "corpus.txt"
+    corpus.write_text("a new first document\n<|endoftext|>" + corpus.read_text())
+    for options in ([], ["--stride", "8"]):
+        assert main(["evaluate", "runs/small", *options]) == 2
+        assert "the corpus or the tokenizer has changed since" in capfd.readouterr().err
+    assert (small / "runs/small/evaluation.json").read_bytes() == own
+    assert main(["evaluate", "runs/small", "corpus.txt"]) == 0
+
+
+def test_files_are_read_as_the_run_reads_text(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = (small / "corpus.txt").read_text().split("<|endoftext|>")
+    (small / "texts.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    read = ["--corpus.kind", "jsonl", "--corpus.paths", "texts.jsonl", "--corpus.text_field", "content"]
+    lines(capfd, "train", "small.toml", *SIX, *read)
+    assert main(["evaluate", "runs/small", "texts.jsonl"]) == 0
+    assert f"{len(texts)} documents" in capfd.readouterr().out
 
 
 def test_generate_streams_and_batches(small: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -429,3 +429,14 @@ def test_auto_takes_blocks_on_a_cpu_where_they_are_faster_only(monkeypatch: pyte
     auto_attention(*drawn(1024, width=2, lead=()))
     auto_attention(*drawn(1025, width=2, lead=()))
     assert called == ["blocked", "sdpa"]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_sinks_beside_tensors_whose_last_dimension_is_not_contiguous(which: int) -> None:
+    """torch's flash attention for CPUs does not ask, and would read beyond the end."""
+    tensors = [torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    tensors[which] = tensors[which].mT.contiguous().mT
+    scores = Scores(sinks=torch.zeros(2))
+    with torch.no_grad():
+        found = sdpa_attention(tensors[0], tensors[1], tensors[2], None, scores)
+    assert (found - reference_attention(tensors[0], tensors[1], tensors[2], None, scores)).abs().max() < 1e-5

@@ -397,3 +397,10 @@ def test_a_compiler_that_fails_is_told_of_once(monkeypatch: pytest.MonkeyPatch, 
     assert [str(warning.message) for warning in told if "norms" in str(warning.message)] == [
         "norms, SwiGLU and rotation are computed by torch, which is slower: g++ fails: no space"
     ]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = drawn(4, 16).requires_grad_()
+    for y in (rms_norm.trained(x, None, 1e-5), swiglu.swiglu(x)):
+        with pytest.raises(RuntimeError, match="has no derivative of its own"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
