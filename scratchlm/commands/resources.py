@@ -123,7 +123,7 @@ def _worked_out(options: ResourcesArguments, recipe: Recipe, known: Device | Non
             precision=precision,
             compiled=compiled,
             machine=machine,
-            memory_bytes=target.memory_bytes,
+            memory_bytes=memory if memory is not None or target.device is None else target.device.memory_bytes,
             price_per_hour=target.price_per_hour,
             micro_batch=options.micro_batch,
             on_cuda=target.device is not None and target.device.kind in ("cuda", "rocm"),

@@ -31,6 +31,14 @@ def _saved_recipe(run_folder: Path) -> Recipe | None:
     return load_recipe(path) if path.exists() and not (run_folder / "model.safetensors").exists() else None
 
 
+def _recipe_around(folder: Path) -> Recipe | None:
+    """The recipe of the run that a checkpoint or an average of weights is of."""
+    from scratchlm.interop.folders import run_of
+
+    run = run_of(folder)
+    return None if run is None else load_recipe(run / "recipe.toml")
+
+
 def _run_and_files(arguments: list[str], usage: str) -> tuple[Path, list[str], list[str]]:
     """Split ``RUN [FILE …] [--option …]``."""
     if not arguments:
@@ -56,6 +64,8 @@ def evaluate(arguments: list[str]) -> None:
         parse(EvaluateArguments, ["--help"], prog=usage)
     folder, files, rest = _run_and_files(arguments, usage)
     recipe = _saved_recipe(folder)
+    if recipe is None and files:
+        recipe = _recipe_around(folder)
     default = _defaults(EvaluateArguments, recipe, "evaluate")
     options = parse(EvaluateArguments, rest, prog=usage, default=default)
     keep_freed_memory()
@@ -92,15 +102,13 @@ def _evaluate_files(
     from scratchlm.data import open_corpus
     from scratchlm.evaluate.compressors import compressed_sizes
     from scratchlm.evaluate.evaluation import evaluate_tokens, tokenise
-    from scratchlm.interop.folders import run_of, separator_of
+    from scratchlm.interop.folders import separator_of
     from scratchlm.interop.native import load, precision_of
     from scratchlm.train.precision import choose_device
 
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer that can be read here, which is needed to read text")
-    if recipe is None and (run := run_of(folder)) is not None:
-        recipe = load_recipe(run / "recipe.toml")
     corpus = open_corpus(corpus_of_files(files, None if recipe is None else recipe.corpus))
     separator = separator_of(folder, tokenizer)
     with tokenise(corpus, tokenizer, separator_id=separator) as tokens:

@@ -155,7 +155,11 @@ def _separator_saved(folder: Path) -> str | None:
 
 def run_of(folder: Path) -> Path | None:
     """The run that a folder is or lies in: its `checkpoints`, one of these, or an average of weights in it or in one of them; None: in none."""
-    for place in (folder, *folder.resolve().parents[:3]):
+    folder = folder.resolve()
+    for place in (folder, *folder.parents[:3]):
+        inside = folder.relative_to(place).parts[:1]
+        if inside not in ((), ("checkpoints",), ("ema",)):  # a model that was put there, say
+            continue
         if (place / "recipe.toml").exists() and (place / "checkpoints").is_dir():
             return place
     return None

@@ -116,6 +116,12 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_batch(gradient: torch.Tensor) -> bool:
+    """Whether this stands for a batch of gradients (``is_grads_batched``, ``jacobian(vectorize=True)``), whose memory is not to be had."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 _ONE_BY_ONE = threading.Lock()
 
 

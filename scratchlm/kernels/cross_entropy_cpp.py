@@ -81,9 +81,9 @@ def _sums(products: Tensor, targets: Tensor, scale: float, z_loss: float, wants_
     kernel = library(products.dtype).cross_entropy
     rows, vocab = products.shape
     targets = targets.to(torch.int64).expand(rows).contiguous()
-    sums = torch.empty(2, rows, dtype=torch.float32)
+    sums = products.new_empty(2, rows, dtype=torch.float32)
     threads = torch.get_num_threads()
-    memory = torch.empty(threads, (vocab + 15) // 16 * 16, dtype=torch.float32)
+    memory = products.new_empty(threads, (vocab + 15) // 16 * 16, dtype=torch.float32)
     numbers = ctypes.c_float(scale), ctypes.c_float(z_loss), int(wants_gradient)
     sizes = ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_int64(IGNORE_INDEX)
     given = ctypes.c_void_p(products.data_ptr()), ctypes.c_void_p(targets.data_ptr())

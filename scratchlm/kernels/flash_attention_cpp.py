@@ -162,7 +162,7 @@ def _memory(
     """A workspace for each thread: torch's, so that it comes from where all else comes from and goes back there. (Threads that take their own leave as
     much behind in their arenas as several workspaces.)"""
     each = kernels.attention_workspace(sizes, int(back))
-    held = torch.empty(each * torch.get_num_threads() + 64, dtype=torch.uint8)
+    held = torch.empty(each * torch.get_num_threads() + 64, dtype=torch.uint8, device="cpu")
     return held, ctypes.c_void_p((held.data_ptr() + 63) // 64 * 64)
 
 

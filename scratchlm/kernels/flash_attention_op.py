@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scratchlm.kernels import flash_attention_cpp
 from scratchlm.kernels.attention import Keys, Mixed, Queries, Scores, Values, heads_inside
-from scratchlm.kernels.cpp_here import is_watched
+from scratchlm.kernels.cpp_here import is_transformed, is_watched
 from scratchlm.kernels.triton_here import constant_in_graphs, is_offered, runs_on, takes, warn_once
 from scratchlm.kernels.visibility import BLOCK, Rule, Span, Visibility
 
@@ -88,6 +88,10 @@ def is_the_way(q: Queries, k: Keys, v: Values, visible: Visibility | None, score
     if visible is None and scores.soft_cap is None and scores.slopes is None and scores.sinks is None:
         return False
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.get_autocast_dtype(q.device.type):
+        return False
+    if (
+        not torch.compiler.is_compiling() and is_transformed()
+    ):  # the operation can neither be mapped over nor differentiated forwards
         return False
     return _is_offered(q) and q.ndim == 4 and supports(visible, scores, q, k, v) is None
 

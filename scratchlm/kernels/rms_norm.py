@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from scratchlm.kernels import rows_cpp
 from scratchlm.kernels.cpp_here import is_watched
@@ -23,7 +23,7 @@ def fits(x: Tensor, gain: Tensor | None) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.device.type == "cpu"
         and x.numel() > 0
-        and (gain is None or gain.dtype == x.dtype)
+        and (gain is None or (gain.dtype == x.dtype and gain.shape == x.shape[-1:]))
         and nobody_watches(x, gain)
     )
 
@@ -61,14 +61,21 @@ def rms_norm(
 
 
 def fits_training(x: Tensor, gain: Tensor | None) -> bool:
-    """Whether :func:`trained` is the way: where the kernels for CPUs run, a gradient is wanted and nobody compiles."""
-    return (gain is None or gain.dtype in rows_cpp.DTYPES) and rows_cpp.is_offered(x)
+    """Whether :func:`trained` is the way: where the kernels for CPUs run, a gradient is wanted or there are many numbers, and nobody compiles."""
+    if gain is not None and (gain.dtype not in rows_cpp.DTYPES or type(gain) not in (Tensor, nn.Parameter)):
+        return False
+    return rows_cpp.is_offered(x)
 
 
 def trained(
     x: Float[Tensor, "... width"], gain: Float[Tensor, " width"] | None, eps: float, offset: float = 0.0
 ) -> Float[Tensor, "... width"]:
-    """As :func:`rms_norm`, with gradients; x and gain each fp32 or bf16."""
+    """As :func:`rms_norm`, with gradients; x and gain each fp32 or bf16.
+
+    Raises:
+        ValueError: the gain is of another width than x, or on another device.
+    """
+    check_gain(x, gain)
     wide = None if gain is None else (gain.float() + offset if offset else gain.float()).contiguous()
     out: Tensor
     if is_watched(x):
@@ -78,3 +85,15 @@ def trained(
         return out
     out = rows_cpp.RMSNorm.apply(x, wide, eps)
     return out
+
+
+def check_gain(x: Tensor, gain: Tensor | None) -> None:
+    """A kernel would read beyond a smaller one.
+
+    Raises:
+        ValueError: it is of another width than x, or on another device.
+    """
+    if gain is not None and (gain.shape != x.shape[-1:] or gain.device != x.device):
+        raise ValueError(
+            f"a gain of {tuple(gain.shape)} on {gain.device} is none for rows of {tuple(x.shape)} on {x.device}"
+        )

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from scratchlm.kernels import rows_cpp
+from scratchlm.kernels.rms_norm import check_gain
 
 
 @torch.library.custom_op("scratchlm::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """y of x (…, width) and a gain in fp32 (width,), in x's dtype and laid out like it; and r, fp32, (…)."""
+    check_gain(x, gain)
     if rows_cpp.computes(x):
         return rows_cpp.norm_forward(x, gain, eps)
     wide = x.float()
@@ -39,11 +41,17 @@ def rms_norm_backward(d_y: Tensor, x: Tensor, gain: Tensor | None, inverses: Ten
     if rows_cpp.computes(x):
         d_x, d_gain = rows_cpp.norm_backward(d_y, x, gain, inverses)
         return d_x, inverses.new_empty(0) if d_gain is None else d_gain
+    d_x, d_gain = backward_formula(d_y, x, gain, inverses)
+    return torch.empty_like(x).copy_(d_x), inverses.new_empty(0) if d_gain is None else d_gain
+
+
+def backward_formula(d_y: Tensor, x: Tensor, gain: Tensor | None, inverses: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, in its dtype, and of the gain, by torch."""
     upstream, wide, r = d_y.float(), x.float(), inverses.unsqueeze(-1)
     d = upstream if gain is None else upstream * gain
     d_x = r * (d - wide * r.square() * (d * wide).mean(dim=-1, keepdim=True))
-    d_gain = inverses.new_empty(0) if gain is None else (upstream * wide * r).flatten(0, -2).sum(dim=0)
-    return torch.empty_like(x).copy_(d_x), d_gain
+    d_gain = None if gain is None else (upstream * wide * r).reshape(-1, x.shape[-1]).sum(dim=0)
+    return d_x.to(x.dtype), d_gain
 
 
 @rms_norm_backward.register_fake

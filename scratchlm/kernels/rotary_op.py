@@ -59,8 +59,14 @@ def turn_heads_backward(
         return backward(d_q, d_k, d_v, cos, sin, interleaved)
     if rows_cpp.computes(d_q):
         return rows_cpp.turn_backward(d_q, d_k, d_v, cos, sin, interleaved)
+    return backward_formula(d_q, d_k, d_v, cos, sin, interleaved).contiguous()
+
+
+def backward_formula(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The same by torch."""
     d_qk = torch.cat([d_q, d_k], dim=1).transpose(1, 2)
-    return torch.cat([_turned(d_qk, cos, -sin, interleaved), d_v.transpose(1, 2)], dim=-2).flatten(-2).contiguous()
+    d_heads = torch.cat([_turned(d_qk, cos, -sin, interleaved), d_v.transpose(1, 2)], dim=-2)
+    return d_heads.reshape(*d_heads.shape[:-2], -1)
 
 
 @turn_heads_backward.register_fake
@@ -86,6 +92,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (batch, length, heads, head_dim), each pair rotated, in its dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    pairs = x.to(wide).unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    a, b = pairs.unbind(-1 if interleaved else -2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2).to(x.dtype)
+    x_wide = x.to(wide)
+    a, b = (x_wide[..., 0::2], x_wide[..., 1::2]) if interleaved else x_wide.chunk(2, dim=-1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return (torch.stack(turned, -1).reshape(x.shape) if interleaved else torch.cat(turned, -1)).to(x.dtype)

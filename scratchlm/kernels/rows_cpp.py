@@ -59,8 +59,8 @@ def runs(dtype: torch.dtype) -> bool:
 def is_offered(x: Tensor) -> bool:
     """Whether the kernels are the way for `x`: on a CPU, in a dtype of theirs, where a gradient is wanted or there are many numbers, and nobody compiles."""
     return (
-        (torch.is_grad_enabled() or x.numel() > FEW)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first: a size that is asked for becomes a graph's
+        and (torch.is_grad_enabled() or x.numel() > FEW)
         and can_read(x)
         and not cpp_here.is_transformed()
         and runs(x.dtype)
@@ -122,7 +122,7 @@ def norm_forward(
 
     Args:
         x: fp32 or bf16 on a CPU, not empty.
-        gain: fp32, contiguous; or None.
+        gain: fp32, contiguous, beside x, and as wide (nobody checks here); or None.
         eps: ε.
 
     Raises:
@@ -130,7 +130,7 @@ def norm_forward(
     """
     y = torch.empty_like(x)
     rows, made = _seen(x), _seen(y)  # a copy of y, where rows do not lie in one piece
-    inverses = torch.empty(x.shape[:-1], dtype=torch.float32)
+    inverses = x.new_empty(x.shape[:-1], dtype=torch.float32)
     library(x.dtype).rms_norm(
         _address(rows),
         _address(gain),
@@ -149,8 +149,10 @@ def norm_backward(
     x: Float[Tensor, "... width"],
     gain: Float[Tensor, " width"] | None,
     inverses: Float[Tensor, ...],
+    *,
+    wants_gain: bool = True,
 ) -> tuple[Float[Tensor, "... width"], Float[Tensor, " width"] | None]:
-    """Gradients of x, in its dtype and laid out like it, and of the gain, fp32; arguments as for and from :func:`norm_forward`.
+    """Gradients of x, in its dtype and laid out like it, and of the gain, fp32, if it is wanted; arguments as for and from :func:`norm_forward`.
 
     Raises:
         NoKernel: there is none for the dtype.
@@ -159,7 +161,7 @@ def norm_backward(
     rows, upstream, made = _seen(x), _seen(d_y), _seen(d_x)
     count, width = inverses.numel(), x.shape[-1]
     chunks = max(1, min(MOST_CHUNKS, count // ROWS_AT_LEAST))
-    d_gains = None if gain is None else torch.empty(chunks, width, dtype=torch.float32)
+    d_gains = x.new_empty(chunks, width, dtype=torch.float32) if gain is not None and wants_gain else None
     library(x.dtype).rms_norm_backward(
         _address(upstream),
         _address(rows),
@@ -227,7 +229,7 @@ def _turn(
     turned = sum(n < turned for n in there)
     sources = [sources[n] if sources[n].stride(-1) == 1 else sources[n].contiguous() for n in there]
     targets = [targets[n] for n in there]
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     batch, _, length, width = targets[0].shape
     library(targets[0].dtype).turn_heads(
         len(there),
@@ -299,7 +301,13 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *norm_backward(grad_outputs[0], *ctx.saved_tensors), None
+        x, gain, inverses = ctx.saved_tensors
+        if cpp_here.is_batch(grad_outputs[0]):
+            from scratchlm.kernels.rms_norm_op import backward_formula
+
+            return *backward_formula(grad_outputs[0], x, gain, inverses), None
+        wanted = bool(ctx.needs_input_grad[1])
+        return *norm_backward(grad_outputs[0], x, gain, inverses, wants_gain=wanted), None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -313,7 +321,12 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return swiglu_backward(grad_outputs[0], *ctx.saved_tensors)
+        (gate_up,) = ctx.saved_tensors
+        if cpp_here.is_batch(grad_outputs[0]):
+            from scratchlm.kernels.swiglu_op import backward_formula
+
+            return backward_formula(grad_outputs[0], gate_up)
+        return swiglu_backward(grad_outputs[0], gate_up)
 
 
 class TurnHeads(torch.autograd.Function):
@@ -332,4 +345,8 @@ class TurnHeads(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_q, d_k, d_v = grad_outputs
         cos, sin = ctx.saved_tensors
+        if any(map(cpp_here.is_batch, grad_outputs)):
+            from scratchlm.kernels.rotary_op import backward_formula
+
+            return backward_formula(d_q, d_k, d_v, cos, sin, ctx.interleaved), *([None] * 5)
         return turn_backward(d_q, d_k, d_v, cos, sin, ctx.interleaved), *([None] * 5)

@@ -103,13 +103,14 @@ struct Brain {  // bf16: the upper half of an fp32 number
         std::memcpy(&f, &bits, 4);
         return f;
     }
-    // To the nearest, ties to even, in the upper halves. (NaN stays NaN: its low bits are 0 here, as all came from bf16.)
+    // To the nearest, ties to even, in the upper halves; every NaN is the same one, since its own bits may carry over.
     static inline words nearest(floats x) {
-        const words bits = as_words(x);
-        return bits + 0x7fffu + ((bits >> 16) & 1u);
+        const words bits = as_words(x), quiet = words{} + 0x7fc00000u;
+        return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : quiet;
     }
     static inline void rounded(number* to, floats x) { store(to, __builtin_convertvector(nearest(x) >> 16, halves)); }
     static inline number rounded(float x) {
+        if (x != x) return 0x7fc0;
         uint32_t bits;
         std::memcpy(&bits, &x, 4);
         return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

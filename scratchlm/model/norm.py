@@ -80,7 +80,7 @@ class RMSNorm(Norm):
     """
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        if self.rows is None and not self.reference:
+        if self.rows is None and not self.reference and x.shape[-1] == self.width:
             if rms_norm.fits(x, self.weight):
                 return rms_norm.rms_norm(x, self.weight, self.eps, self.offset)
             if rms_norm.fits_training(x, self.weight):

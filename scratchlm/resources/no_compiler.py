@@ -15,7 +15,7 @@ import contextlib
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -35,14 +35,20 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 """Module → what stands in for its parts."""
 
 
+COMPILER = ("torch._dynamo", "torch._dynamo.config")
+
+
 @contextlib.contextmanager
-def without_the_compiler() -> Iterator[None]:
+def without_the_compiler(modules: Iterable[str] = tuple(_STAND_INS)) -> Iterator[None]:
     """Inside, these modules are not imported unless something asks for more of them than named above.
+
+    With :data:`COMPILER` alone, for training: optimizers of torch's kind are then not marked as nothing to compile, which matters to who compiles an optimizer's own
+    methods, as nobody here does.
 
     Best entered before torch is imported. For a process that afterwards compiles nothing and counts no FLOPs of Triton kernels: torch remembers what it
     found here. What is imported already stays as it is.
     """
-    put = {name: _StandIn(name, names) for name, names in _STAND_INS.items() if name not in sys.modules}
+    put = {name: _StandIn(name, _STAND_INS[name]) for name in modules if name not in sys.modules}
     for name, module in put.items():
         outer, _, inner = name.rpartition(".")
         if outer in put:

@@ -211,6 +211,9 @@ def test_a_limit_on_memory_is_the_devices(capsys: pytest.CaptureFixture[str]) ->
     assert free["micro_batch"] == 64 > limited["micro_batch"]
     assert limited["memory"]["peak"] <= 0.9e6 and limited["target"]["memory_bytes"] == 1e6
     assert found(capsys, *options, "--memory", "1MB")["micro_batch"] == limited["micro_batch"]
+    here = ("tiny.toml", "--device", "cpu", "--memory", "16GB", *options[3:], "--train.memory-limit", "900MB")
+    for compiling in ("on", "off"):  # a compiler's part is the machine's, not the limit's
+        assert found(capsys, *here, "--compile", compiling)["micro_batch"] == 64
 
 
 def test_fp8_is_not_passed_over_in_silence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -490,3 +490,16 @@ def test_the_bar_shows_loss_rate_speed_and_time_left(small: Path, capfd: pytest.
         r"(mfu=\d+\.\d%, )?tok_s=[\d,]+\]",
         bar,
     ), bar
+
+
+def test_what_compiles_nothing_imports_no_compiler(small: Path) -> None:
+    """An optimizer of torch's kind would, to be left alone by it."""
+    script = (
+        "import sys; from scratchlm.cli import main\n"
+        "main(['run', 'small.toml', '--train.compile', 'off', '--train.steps', '4'])\n"
+        "print('compiler', 'torch._dynamo' in sys.modules)\n"
+        "import torch\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["compiler False", "2.0"]

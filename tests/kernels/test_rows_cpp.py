@@ -16,6 +16,7 @@ from scratchlm.kernels import cpp_here, rms_norm, rms_norm_op, rotary, rotary_op
 from scratchlm.kernels import rows_cpp as cpp
 from scratchlm.kernels.cpp_here import NoKernel
 from scratchlm.model import ModelConfig, Transformer
+from scratchlm.model.norm import RMSNorm, RMSNormNoScale
 from scratchlm.model.rope import half_split_pairs, interleaved_pairs
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -191,8 +192,16 @@ def check_turned(
     for ours, exact in zip(found, right, strict=True):
         near(ours, exact.detach(), dtype)
     near(gradient, torch.autograd.grad(right, wide, [u.double() for u in upstream])[0], dtype)
-    turned = rotary.turn(found[0].detach().requires_grad_(), cos, sin, interleaved)
-    near(turned, pairs(found[0].detach().double(), *table), dtype)
+    given = found[0].detach().requires_grad_()
+    turned = rotary.turn(given, cos, sin, interleaved)
+    wide_q = given.detach().double().requires_grad_()
+    exact = pairs(wide_q, *table)
+    near(turned, exact.detach(), dtype)
+    near(
+        torch.autograd.grad(turned, given, upstream[0])[0],
+        torch.autograd.grad(exact, wide_q, upstream[0].double())[0],
+        dtype,
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -301,9 +310,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for way in ("forward", "backward"):
             function = getattr(cpp, f"{name}_{way}")
 
-            def noting(*given: object, name: str = name, way: str = way, function: Callable = function) -> object:  # type: ignore[type-arg]
+            def noting(
+                *given: object, name: str = name, way: str = way, function: Callable = function, **how: object
+            ) -> object:  # type: ignore[type-arg]
                 calls.append(f"{name} {way}")
-                return function(*given)
+                return function(*given, **how)
 
             monkeypatch.setattr(cpp, f"{name}_{way}", noting)
     return calls
@@ -404,3 +415,81 @@ def test_a_second_derivative_is_refused() -> None:
     for y in (rms_norm.trained(x, None, 1e-5), swiglu.swiglu(x)):
         with pytest.raises(RuntimeError, match="has no derivative of its own"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_a_gain_that_does_not_fit_is_refused() -> None:
+    x = drawn(3, 64).requires_grad_()
+    for gain in (drawn(8), drawn(1), drawn(65), drawn(64, 1), drawn(64).to("meta")):
+        with pytest.raises(ValueError, match="a gain of"):
+            rms_norm.trained(x, gain, 1e-5)
+        if gain.device == x.device:
+            with pytest.raises(ValueError, match="a gain of"):
+                rms_norm_op.rms_norm(x, gain, 1e-5)
+    for norm in (RMSNorm(8), RMSNormNoScale(8)):
+        with pytest.raises(RuntimeError):  # torch's words
+            norm(x)
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            norm(x)
+
+
+def test_results_lie_beside_their_arguments() -> None:
+    x, gain = drawn(300, 16).requires_grad_(), drawn(16).requires_grad_()
+    with torch.device("meta"):  # where new tensors go unless told otherwise
+        y = rms_norm.trained(x, gain, 1e-5)
+        gradients = torch.autograd.grad(y, (x, gain), torch.ones_like(y))
+        gates = swiglu.swiglu(x)
+    assert {t.device.type for t in (y, *gradients, gates)} == {"cpu"}
+    near(y, F.rms_norm(x.double(), (16,), gain.double(), 1e-5), torch.float32, 4.0)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800001])
+def test_every_nan_stays_one_in_bf16(bits: int) -> None:
+    """A GPU's own has all bits set, which rounding would carry over into a zero."""
+    gain = torch.full((36,), bits, dtype=torch.int32).view(torch.float32)
+    y = rms_norm.trained(drawn(2, 36, dtype=torch.bfloat16).requires_grad_(), gain, 1e-5)
+    assert y.isnan().all()
+    inverses = torch.full((2,), bits, dtype=torch.int32).view(torch.float32)
+    d_x, _ = cpp.norm_backward(
+        drawn(2, 36, dtype=torch.bfloat16), drawn(2, 36, dtype=torch.bfloat16), None, inverses
+    )
+    assert d_x.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_tables_of_any_dtype(dtype: torch.dtype) -> None:
+    projected, cos, sin = drawn(2, 7, 48).requires_grad_(), drawn(7, 4).to(dtype), drawn(7, 4, seed=1).to(dtype)
+    found = rotary.turn_heads(projected, cos, sin, 2, 2, False)
+    right = rotary.turn_heads(projected, cos.float(), sin.float(), 2, 2, False)
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, right, strict=True))
+
+
+def test_heads_that_nobody_used_get_no_gradient() -> None:
+    projected, tables = drawn(2, 7, 48).requires_grad_(), (drawn(7, 4), drawn(7, 4, seed=1))
+    q, _, _ = rotary.turn_heads(projected, *tables, 2, 2, False)
+    (gradient,) = torch.autograd.grad(q.sum(), projected)
+    assert gradient[..., :16].any() and not gradient[..., 16:].any()
+
+
+def test_batches_of_gradients_are_the_formulas() -> None:
+    x, gain, tables = drawn(2, 3, 24), drawn(24), (drawn(3, 4), drawn(3, 4, seed=1))
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: rms_norm.trained(x, gain, 1e-5),
+        lambda x: rms_norm.trained(x, None, 1e-5),
+        swiglu.swiglu,
+        lambda x: torch.cat(rotary.turn_heads(x, *tables, 1, 1, False), dim=1),
+    ]
+    for function in functions:
+        one_by_one, at_once = (
+            torch.autograd.functional.jacobian(function, x, vectorize=vectorize) for vectorize in (False, True)
+        )
+        assert (one_by_one - at_once).abs().max() < 1e-5
+
+
+def test_a_frozen_gain_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gain = drawn(4, 16).requires_grad_(), drawn(16)
+    wanted: list[object] = []
+    backward = cpp.norm_backward
+    monkeypatch.setattr(cpp, "norm_backward", lambda *a, **k: wanted.append(k["wants_gain"]) or backward(*a, **k))
+    rms_norm.trained(x, gain, 1e-5).sum().backward()
+    rms_norm.trained(x, gain.requires_grad_(), 1e-5).sum().backward()
+    assert wanted == [False, True]
