@@ -18,9 +18,26 @@ constexpr int64_t FEW = 1 << 14;  // numbers for which waking a second thread ta
 struct Rows {
     int64_t size[3];
     int64_t count() const { return size[0] * size[1] * size[2]; }
-    template <class T> T* at(T* base, const int64_t* strides, int64_t row) const {
-        const int64_t inner = row % size[2], rest = row / size[2];
-        return base + rest / size[1] * strides[0] + rest % size[1] * strides[1] + inner * strides[2];
+};
+
+// One of them, and the next: a division takes as long as a row of 64 numbers.
+struct Place {
+    const Rows& rows;
+    int64_t at[3];
+    Place(const Rows& rows, int64_t row) : rows(rows) {
+        at[2] = row % rows.size[2];
+        at[1] = row / rows.size[2] % rows.size[1];
+        at[0] = row / rows.size[2] / rows.size[1];
+    }
+    void next() {
+        if (++at[2] < rows.size[2]) return;
+        at[2] = 0;
+        if (++at[1] < rows.size[1]) return;
+        at[1] = 0;
+        ++at[0];
+    }
+    template <class T> T* in(T* base, const int64_t* strides) const {
+        return base + at[0] * strides[0] + at[1] * strides[1] + at[2] * strides[2];
     }
 };
 
@@ -28,23 +45,28 @@ template <class Kind>
 void norm(
     const Rows& rows, int64_t width, const typename Kind::number* x, const float* gain, typename Kind::number* y, float* inverses,
     const int64_t* strides, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows.count() * width > FEW)
-    for (int64_t row = 0; row < rows.count(); ++row) {
-        const auto* from = rows.at(x, strides, row);
-        auto* to = rows.at(y, strides + 3, row);
-        floats squares{};
-        for (int64_t j = 0; j < width; j += WIDTH) {
-            const floats v = part<Kind>(from, j, width, 0.0f);
-            squares = fused(v, v, squares);
+#pragma omp parallel num_threads(threads) if (rows.count() * width > FEW)
+    {
+        const int64_t thread = omp_get_thread_num(), all_threads = omp_get_num_threads();
+        const int64_t begin = rows.count() * thread / all_threads, end = rows.count() * (thread + 1) / all_threads;
+        Place place(rows, begin);
+        for (int64_t row = begin; row < end; ++row, place.next()) {
+            const auto* from = place.in(x, strides);
+            auto* to = place.in(y, strides + 3);
+            floats squares{};
+            for (int64_t j = 0; j < width; j += WIDTH) {
+                const floats v = part<Kind>(from, j, width, 0.0f);
+                squares = fused(v, v, squares);
+            }
+            const float inverse = 1.0f / std::sqrt(sum_of(squares) / width + eps);
+            const floats by = all(inverse);
+            for (int64_t j = 0; j < width; j += WIDTH) {
+                floats v = part<Kind>(from, j, width, 0.0f) * by;
+                if (gain) v *= part<Single>(gain, j, width, 0.0f);
+                put<Kind>(to, j, width, v);
+            }
+            inverses[row] = inverse;
         }
-        const float inverse = 1.0f / std::sqrt(sum_of(squares) / width + eps);
-        const floats by = all(inverse);
-        for (int64_t j = 0; j < width; j += WIDTH) {
-            floats v = part<Kind>(from, j, width, 0.0f) * by;
-            if (gain) v *= part<Single>(gain, j, width, 0.0f);
-            put<Kind>(to, j, width, v);
-        }
-        inverses[row] = inverse;
     }
 }
 
@@ -58,10 +80,11 @@ void norm_backward(
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         float* sums = d_gains ? d_gains + chunk * width : nullptr;
         if (sums) std::memset(sums, 0, width * sizeof(float));
-        for (int64_t row = chunk * each; row < std::min(all_rows, (chunk + 1) * each); ++row) {
-            const auto* upstream = rows.at(d_y, strides, row);
-            const auto* from = rows.at(x, strides + 3, row);
-            auto* to = rows.at(d_x, strides + 6, row);
+        Place place(rows, chunk * each);
+        for (int64_t row = chunk * each; row < std::min(all_rows, (chunk + 1) * each); ++row, place.next()) {
+            const auto* upstream = place.in(d_y, strides);
+            const auto* from = place.in(x, strides + 3);
+            auto* to = place.in(d_x, strides + 6);
             floats dots{};
             for (int64_t j = 0; j < width; j += WIDTH) {
                 floats d = part<Kind>(upstream, j, width, 0.0f);

@@ -119,7 +119,7 @@ def test_fp32_logits_are_equal_and_padding_changes_nothing(case: Case, seed: int
             assert (alone - answer[row : row + 1, LENGTH - length :]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("case,seed", EVERY)
+@pytest.mark.parametrize("case,seed", [pair for pair in EVERY if pair.values[1] == SEEDS[0] or pair.marks])
 def test_greedy_generation_with_cache_is_equal(case: Case, seed: int, root: Path) -> None:
     theirs, ours, _ = pair(case, seed, torch.float64, root)
     prompts = [row.tolist() for row in ids_for(ours.config.vocab_size, 2, 24, seed + 7)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -234,3 +236,11 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
 
 def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_now(variants: Mapping[str, ModelConfig], every: int) -> list[Any]:
+    """All of them as parameters: one of so many in `make test`, the others in `make test-slow`."""
+    return [
+        pytest.param(config, id=name, marks=() if number % every == 0 else pytest.mark.slow)
+        for number, (name, config) in enumerate(variants.items())
+    ]

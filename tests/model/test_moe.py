@@ -257,7 +257,7 @@ def test_compiled_is_eager(router: str) -> None:
             (y.square().sum() + loss).backward()
             found.append([y.detach(), loss.detach(), load, *(p.grad for p in module.parameters())])
         for eager, ours in zip(*found, strict=True):
-            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)  # sums of squares in another order
 
 
 # costs, roles

@@ -48,7 +48,10 @@ def assert_same_run(whole: Path, resumed: Path) -> None:
     [
         (),
         ("--train.loader", "random", "--optim.optimizer", "adamw", "--train.accumulation", "2"),
-        ("--train.document-boundaries", "True", "--optim.optimizer", "sgd", "--train.precision", "bf16"),
+        pytest.param(
+            ("--train.document-boundaries", "True", "--optim.optimizer", "sgd", "--train.precision", "bf16"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["epoch-muon", "random-adamw-accumulation", "boundaries-sgd-bf16"],
 )
