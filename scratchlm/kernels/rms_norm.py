@@ -62,9 +62,7 @@ def rms_norm(
 
 def fits_training(x: Tensor, gain: Tensor | None) -> bool:
     """Whether :func:`trained` is the way: where the kernels for CPUs run, a gradient is wanted or there are many numbers, and nobody compiles."""
-    if gain is not None and (gain.dtype not in rows_cpp.DTYPES or type(gain) not in (Tensor, nn.Parameter)):
-        return False
-    return rows_cpp.is_offered(x)
+    return (gain is None or gain.dtype in rows_cpp.DTYPES) and rows_cpp.is_offered(x)
 
 
 def trained(
@@ -78,7 +76,11 @@ def trained(
     check_gain(x, gain)
     wide = None if gain is None else (gain.float() + offset if offset else gain.float()).contiguous()
     out: Tensor
-    if is_watched(x):
+    if is_watched(x) or type(gain) not in (
+        Tensor,
+        nn.Parameter,
+        type(None),
+    ):  # a tensor of a kind of its own beside plain ones
         from scratchlm.kernels import rms_norm_op
 
         out = rms_norm_op.rms_norm(x, wide, eps)[0]
