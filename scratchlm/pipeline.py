@@ -265,7 +265,7 @@ class Pipeline:
         from scratchlm.data.prefetch import Prefetcher
         from scratchlm.evaluate.environment import describe_environment
         from scratchlm.model.transformer import Transformer
-        from scratchlm.resources.no_compiler import COMPILER, without_the_compiler
+        from scratchlm.resources.no_compiler import DYNAMO, without_the_compiler
         from scratchlm.resources.utilisation import mfu_on
         from scratchlm.train.batch_warmup import GrowingBatches
         from scratchlm.train.checkpoint import checkpoints
@@ -328,7 +328,7 @@ class Pipeline:
             plan = plan_of(self.model_config, recipe.optim, recipe.train, device_type=self.device.type)
         eager = choose_compile(recipe.train.compile, self.device, recipe.train.steps).value == "off"
         # An optimizer of torch's kind imports the whole compiler, to be left alone by it: longer than a short run's first steps.
-        with without_the_compiler(COMPILER) if eager else nullcontext(), trackers, Prefetcher(growing) as batches:
+        with without_the_compiler(DYNAMO) if eager else nullcontext(), trackers, Prefetcher(growing) as batches:
             trainer = Trainer(
                 model=model,
                 loss=NextTokenLoss(model, **loss_options(recipe.train)),

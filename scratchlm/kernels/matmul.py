@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scratchlm.kernels.cpp_here import is_transformed, is_watched
 from scratchlm.kernels.hardware import onednn_beats_mkl
 from scratchlm.kernels.matvec import matvec
 
@@ -54,13 +55,10 @@ def is_plain(x: Tensor, weight: Tensor) -> bool:
 def nobody_watches(x: Tensor, weight: Tensor | None) -> bool:
     """Whether no autocast, compiler, tracer, counter or kind of tensor wants to see torch's own operations on these two."""
     return (
-        type(x) is Tensor
+        not is_watched(x)
         and (weight is None or type(weight) in (Tensor, nn.Parameter))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and not x.is_neg()
         and (weight is None or not weight.is_neg())
     )

@@ -35,14 +35,15 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 """Module → what stands in for its parts."""
 
 
-COMPILER = ("torch._dynamo", "torch._dynamo.config")
+DYNAMO = ("torch._dynamo", "torch._dynamo.config")
+"""What of these an optimizer asks for."""
 
 
 @contextlib.contextmanager
 def without_the_compiler(modules: Iterable[str] = tuple(_STAND_INS)) -> Iterator[None]:
     """Inside, these modules are not imported unless something asks for more of them than named above.
 
-    With :data:`COMPILER` alone, for training: optimizers of torch's kind are then not marked as nothing to compile, which matters to who compiles an optimizer's own
+    With :data:`DYNAMO` alone, for training: optimizers of torch's kind are then not marked as nothing to compile, which matters to who compiles an optimizer's own
     methods, as nobody here does.
 
     Best entered before torch is imported. For a process that afterwards compiles nothing and counts no FLOPs of Triton kernels: torch remembers what it
